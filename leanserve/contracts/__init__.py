@@ -1,0 +1,1 @@
+"""What two rooms exchange: plain data and errors. Standard library and msgspec only."""

@@ -1,0 +1,58 @@
+"""One step's work, as rank 0 tells it to every rank: deltas only, so its size is O(batch) and not O(context)."""
+
+import msgspec
+
+from leanserve.contracts.kv_sharding import PageGrant
+from leanserve.contracts.sampling import SamplingParams
+
+__all__ = ["Batch", "NewSequence", "Row", "StepResult"]
+
+
+class NewSequence(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that starts, or starts again after a preemption."""
+
+    sequence_id: int
+    token_ids: bytes
+    """int32, native byte order: the prompt, then what was already generated before a preemption."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    """The seed in force: the request's own, or the one drawn for it on rank 0."""
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens [start, start + count) of a sequence are computed in this step."""
+
+    sequence_id: int
+    start: int
+    count: int
+    samples: bool
+    """The row ends at the sequence's newest token, so the next one is sampled from it."""
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
+    """A step message. Ranks apply it in this order: dropped, started, grants, rows.
+
+    `rows` holds decode rows (count 1, samples true) first, prefill chunks after them. A row's tokens are either in
+    `started`, or were sampled in an earlier step, which every rank has seen.
+    """
+
+    step: int
+    """Counts from 1; every rank sees each step once, in order."""
+    dropped: list[int]
+    """Sequences whose pages and state are released: finished, aborted or preempted."""
+    started: list[NewSequence]
+    grants: list[PageGrant]
+    """New pages of all ranks; a rank keeps its own."""
+    rows: list[Row]
+    checked_step: int
+    """The newest step that rank 0 completed (0: none), and ..."""
+    checksum: int
+    """... its checksum: a rank that has another one for it stops with DesyncError."""
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """What rank 0's worker gives back: one token per sampling row, in row order."""
+
+    step: int
+    token_ids: list[int]

@@ -1,0 +1,78 @@
+"""What the user chose: a frozen dataclass per stage, checked once. What a machine makes of it is computed elsewhere."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from leanserve.contracts.errors import ConfigError
+
+__all__ = ["AttentionBackend", "BatchOptions", "CacheOptions", "Comm", "DType", "Device", "EngineConfig"]
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cuda", "cpu"]
+Comm = Literal["auto", "nccl", "gloo"]
+AttentionBackend = Literal["auto", "triton", "portable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """The sharded KV cache."""
+
+    page_tokens: int = 64
+    """Tokens per page: a power of two from 16 to 256."""
+    kv_memory_bytes: int | None = None
+    """KV bytes per rank. None: on a GPU what is free after the model; on the CPU the ranks share at most 4 GiB and at
+    most a quarter of free memory."""
+    max_context_tokens: int | None = None
+    """Longest prompt + completion. None: the model's own limit, or what fits over all ranks if that is less."""
+
+    def __post_init__(self) -> None:
+        if self.page_tokens not in (16, 32, 64, 128, 256):
+            raise ConfigError(f"page tokens is {self.page_tokens}; allowed are 16, 32, 64, 128 and 256")
+        if self.kv_memory_bytes is not None and self.kv_memory_bytes < 1:
+            raise ConfigError(f"KV memory is {self.kv_memory_bytes} bytes; give a size such as 512MiB or 2GiB")
+        if self.max_context_tokens is not None and self.max_context_tokens < 2:
+            raise ConfigError(f"max context tokens is {self.max_context_tokens}; it must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """What one step may hold."""
+
+    max_batch_tokens: int = 2048
+    """Tokens in one step, decode rows and prefill chunks together."""
+    max_sequences: int = 256
+    """Sequences that hold pages at once."""
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens < 1:
+            raise ConfigError(f"max batch tokens is {self.max_batch_tokens}; it must be at least 1")
+        if self.max_sequences < 1:
+            raise ConfigError(f"max sequences is {self.max_sequences}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything the ranks must agree on. It travels as JSON from the process that starts them."""
+
+    model_dir: str
+    """A local checkpoint directory; hub ids are resolved before this is made."""
+    dtype: DType = "auto"
+    """Of weights and KV. auto: float32 on the CPU; on a GPU the checkpoint's own, float32 becoming bfloat16."""
+    device: Device = "auto"
+    comm: Comm = "auto"
+    """auto: NCCL on GPUs, Gloo on the CPU. gloo with --device cuda lets several ranks share one GPU."""
+    attention: AttentionBackend = "auto"
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
+            ("device", self.device, ("auto", "cuda", "cpu")),
+            ("comm", self.comm, ("auto", "nccl", "gloo")),
+            ("attention", self.attention, ("auto", "triton", "portable")),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+        if self.device == "cpu" and self.comm == "nccl":
+            raise ConfigError("comm nccl needs GPUs; with --device cpu use gloo or auto")

@@ -1,0 +1,114 @@
+"""What the front end and the engine on rank 0 say to each other, as msgpack over one ZMQ socket pair."""
+
+import msgspec
+
+from leanserve.contracts.sampling import FinishReason, SamplingParams
+
+__all__ = [
+    "Abort",
+    "EngineFailed",
+    "EngineInfo",
+    "EngineReady",
+    "FromEngine",
+    "Loading",
+    "Shutdown",
+    "Submit",
+    "ToEngine",
+    "TokenOutput",
+    "TokenOutputs",
+    "decode_from_engine",
+    "decode_to_engine",
+    "encode",
+]
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """A request, already checked and tokenized. Ends with exactly one TokenOutput whose `finish_reason` is set."""
+
+    request_id: str
+    prompt_token_ids: bytes
+    """int32, native byte order."""
+    sampling: SamplingParams
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop a request, in whatever phase it is. Unknown ids are ignored: it may just have finished."""
+
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """End every rank, now."""
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """Progress of rank 0 while it loads."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """Facts about a ready engine."""
+
+    architecture: str
+    """The model family with its size, for people: `llama, 8 layers, 0.2B parameters`."""
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_context_tokens: int
+    """Longest prompt + completion this engine accepts."""
+    model_max_tokens: int
+    """The model's own limit (max_position_embeddings)."""
+    page_tokens: int
+    pages_per_rank: tuple[int, ...]
+    kv_bytes_per_token: int
+    """Over all layers, K and V, on the rank that owns the token."""
+    dtype: str
+    device: str
+    """For people: `cpu, 2 threads per rank` or `NVIDIA H200`."""
+    attention: str
+    """`triton` or `portable`."""
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
+    info: EngineInfo
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine will not (or no longer) serve."""
+
+    message: str
+
+
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    """With finish_reason "error": what went wrong, for the client."""
+    stop_token_id: int | None = None
+    """With finish_reason "stop": the token that ended it (also the last of token_ids)."""
+
+
+class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
+    """One step's outputs, and what the front end needs to know about the engine's load."""
+
+    step: int
+    outputs: list[TokenOutput]
+    running: int
+    waiting: int
+    pages_used_per_rank: tuple[int, ...]
+    """Pages referenced by live sequences."""
+    preemptions: int
+    """Since start."""
+
+
+ToEngine = Submit | Abort | Shutdown
+FromEngine = Loading | EngineReady | EngineFailed | TokenOutputs
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
