@@ -52,6 +52,7 @@ def load_decoder(
     """
     decoder = Decoder(architecture or read_architecture(model_dir), dtype=dtype, device=device)
     load_weights(decoder, model_dir, progress=progress)
+    decoder.pack()
     return decoder
 
 
