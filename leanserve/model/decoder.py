@@ -61,7 +61,7 @@ class DecoderLayer:
 class Decoder:
     """A decoder-only language model with its final norm and output projection.
 
-    The constructor allocates, `weights.load_weights` fills, `pack` finishes; `weights.load_decoder` does all three.
+    The constructor allocates; `weights.load_weights` fills it and packs it.
 
     Args:
         architecture: what to build.
@@ -117,7 +117,7 @@ class Decoder:
         x_NC = F.embedding(tokens_N, self.embedding_VC)
         table = self.rope.table(positions_N, prompt_lengths_N, self.dtype)
         for index, layer in enumerate(self.layers):
-            x_NC = self._layer(index, layer, x_NC, table, attend)
+            self._add_layer(index, layer, x_NC, table, attend)
         return rms_norm(x_NC, self.final_norm_C, self.architecture.rms_norm_eps)
 
     @torch.inference_mode()
@@ -127,22 +127,24 @@ class Decoder:
             return F.linear(hidden_MC, self.embedding_VC).float()
         return self.unembedding(hidden_MC).float()
 
-    def _layer(self, index: int, layer: DecoderLayer, x_NC: Tensor, table: RotaryTable, attend: Attend) -> Tensor:
+    def _add_layer(self, index: int, layer: DecoderLayer, x_NC: Tensor, table: RotaryTable, attend: Attend) -> None:
+        """Add attention, then the MLP, to the residual stream in place."""
         a = self.architecture
+        n, d, rotary_heads = x_NC.shape[0], a.head_dim, a.num_heads + a.num_kv_heads
         h_NC = rms_norm(x_NC, layer.input_norm_C, a.rms_norm_eps)
-        qkv_NHD = layer.qkv(h_NC).view(x_NC.shape[0], -1, a.head_dim)
-        qk_NHD, v_NKD = qkv_NHD.split((a.num_heads + a.num_kv_heads, a.num_kv_heads), dim=1)
+        qkv_NHD = layer.qkv(h_NC).view(n, rotary_heads + a.num_kv_heads, d)
+        qk_NHD, v_NKD = qkv_NHD.split((rotary_heads, a.num_kv_heads), dim=1)
         if layer.qk_norm_HKD is not None:
-            qk_NHD = rms_norm(qk_NHD, None, a.rms_norm_eps) * layer.qk_norm_HKD
+            qk_NHD = rms_norm(qk_NHD, None, a.rms_norm_eps).mul_(layer.qk_norm_HKD)
         if layer.rotates:
             qk_NHD = rotate(qk_NHD, table)
         q_NHD, k_NKD = qk_NHD.split((a.num_heads, a.num_kv_heads), dim=1)
 
         attended_NHD = attend(index, q_NHD, k_NKD, v_NKD)
-        x_NC = x_NC + layer.output(attended_NHD.reshape(x_NC.shape[0], -1))
+        x_NC += layer.output(attended_NHD.reshape(n, a.num_heads * d))
 
         h_NC = rms_norm(x_NC, layer.mlp_norm_C, a.rms_norm_eps)
-        return x_NC + layer.down(swiglu(layer.gate_up(h_NC)))
+        x_NC += layer.down(swiglu(layer.gate_up(h_NC)))
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Every tensor under its name in a checkpoint, as a view into this model's memory: where it is to be loaded.
