@@ -5,7 +5,7 @@ import msgspec
 from leanserve.contracts.kv_sharding import PageGrant
 from leanserve.contracts.sampling import SamplingParams
 
-__all__ = ["Batch", "NewSequence", "Row", "StepResult"]
+__all__ = ["Batch", "NewSequence", "Row", "StepResult", "Stop"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -49,6 +49,10 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     """The newest step that rank 0 completed (0: none), and ..."""
     checksum: int
     """... its checksum: a rank that has another one for it stops with DesyncError."""
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
+    """The last message on the channel: every rank ends in an orderly way."""
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
