@@ -1,11 +1,15 @@
 """One step's work, as rank 0 tells it to every rank: deltas only, so its size is O(batch) and not O(context)."""
 
+import struct
+import zlib
+from collections.abc import Sequence
+
 import msgspec
 
 from leanserve.contracts.kv_sharding import PageGrant
 from leanserve.contracts.sampling import SamplingParams
 
-__all__ = ["Batch", "NewSequence", "Row", "StepResult", "Stop"]
+__all__ = ["Batch", "NewSequence", "Row", "StepResult", "Stop", "step_checksum"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -60,3 +64,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 
     step: int
     token_ids: list[int]
+
+
+def step_checksum(step: int, token_ids: Sequence[int]) -> int:
+    """CRC-32 of a step's number and sampled tokens: what every rank must agree on."""
+    return zlib.crc32(struct.pack(f"=q{len(token_ids)}q", step, *token_ids))
