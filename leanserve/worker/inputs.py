@@ -1,6 +1,7 @@
 """A step message -> device tensors: which tokens, at which positions, in which pages. Built once per step."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -26,11 +27,11 @@ class StepInputs:
 
 
 def build_inputs(rows: list[Row], live: LiveSequences, page_tokens: int, device: torch.device) -> StepInputs:
-    """Lay out `rows` (decode rows first, then prefill chunks) for this rank."""
+    """Lay out `rows` for this rank. The leading rows of one token go through decode, all others through prefill."""
     sequences = [live[row.sequence_id] for row in rows]
     counts = np.fromiter((row.count for row in rows), np.int64, len(rows))
     ends = np.cumsum(counts)
-    num_decode = sum(1 for row in rows if row.count == 1 and row.samples)
+    num_decode = sum(1 for _ in takewhile(lambda row: row.count == 1, rows))
 
     tokens = np.empty(int(ends[-1]), np.int64)
     positions = np.empty(int(ends[-1]), np.int32)
