@@ -1,4 +1,4 @@
-"""How many CPU threads a rank may use. torchrun sets OMP_NUM_THREADS to 1 by itself; only the user's own value counts."""
+"""How many CPU threads a rank may use. torchrun sets OMP_NUM_THREADS to 1; only the user's own value counts."""
 
 import os
 from pathlib import Path
