@@ -224,8 +224,8 @@ class LLM:
         total = len(token_ids) + sampling.max_tokens
         if total > self.info.max_context_tokens:
             raise RequestTooLongError(
-                f"prompt of {len(token_ids)} tokens + max_tokens of {sampling.max_tokens} = {total}, above the limit of "
-                f"{self.info.max_context_tokens}"
+                f"prompt of {len(token_ids)} tokens + max_tokens of {sampling.max_tokens} = {total}, above the limit "
+                f"of {self.info.max_context_tokens}"
             )
         return token_ids
 
