@@ -1,11 +1,14 @@
 """One step's work, as rank 0 tells it to every rank: deltas only, so its size is O(batch) and not O(context)."""
 
+import zlib
+from array import array
+
 import msgspec
 
 from leanserve.contracts.kv_sharding import PageGrant
 from leanserve.contracts.sampling import SamplingParams
 
-__all__ = ["Batch", "NewSequence", "Row", "StepResult"]
+__all__ = ["Batch", "NewSequence", "Row", "StepResult", "step_checksum"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -56,3 +59,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 
     step: int
     token_ids: list[int]
+
+
+def step_checksum(step: int, token_ids: list[int]) -> int:
+    """CRC-32 of a step's number and its sampled tokens: what `Batch.checksum` says of `Batch.checked_step`."""
+    return zlib.crc32(array("q", [step, *token_ids]).tobytes())
