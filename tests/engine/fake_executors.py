@@ -65,10 +65,10 @@ class _ToySequence:
 
 
 class ToyModelExecutor:
-    """The toy model on every rank's page pool: "KV" is the token id, stored in the granted pages and read back from them.
+    """The toy model on every rank's page pool: "KV" is the token id, stored in the granted pages and read from there.
 
-    Asserts what a rank relies on: a granted page is free and within its rank's pool, ordinals are in order, a row goes on
-    where the last one ended and has pages enough and none to spare, steps are seen in order with the right checksum.
+    Asserts what a rank relies on: a granted page is free and within its rank's pool, ordinals are in order, a row goes
+    on where the last one ended, with pages enough and none to spare, steps come in order with the right checksum.
     Free pages hold poison, so a stale page table changes the tokens.
     """
 
@@ -76,7 +76,9 @@ class ToyModelExecutor:
 
     def __init__(self, sharding: KvSharding) -> None:
         self.sharding = sharding
-        self.pools = [np.full((pages, sharding.page_tokens), self.POISON, np.int32) for pages in sharding.pages_per_rank]
+        self.pools = [
+            np.full((pages, sharding.page_tokens), self.POISON, np.int32) for pages in sharding.pages_per_rank
+        ]
         self.owner: dict[tuple[int, int], int] = {}
         self.sequences: dict[int, _ToySequence] = {}
         self.step = 0
