@@ -1,6 +1,7 @@
 """This rank's part of the KV cache: a pool of pages, and views of it for the kernels. Knows no other rank."""
 
 import torch
+
 from lean_attention import PagedKV
 
 __all__ = ["KvShard"]

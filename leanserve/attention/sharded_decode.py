@@ -1,8 +1,8 @@
 """One new token per sequence, keys on all ranks: the product, in two lines."""
 
 import torch
-from lean_attention import DecodePlan, PagedKV, lean_decode
 
+from lean_attention import DecodePlan, PagedKV, lean_decode
 from leanserve.distributed.combine import combine
 from leanserve.distributed.ranks import Ranks
 

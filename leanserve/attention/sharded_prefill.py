@@ -1,8 +1,8 @@
 """Many new tokens per sequence, keys on all ranks."""
 
 import torch
-from lean_attention import PagedKV, lean_prefill
 
+from lean_attention import PagedKV, lean_prefill
 from leanserve.distributed.combine import combine
 from leanserve.distributed.ranks import Ranks
 

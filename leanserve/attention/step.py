@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from lean_attention import DecodePlan, append_kv, plan_decode
 
+from lean_attention import DecodePlan, append_kv, plan_decode
 from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.sharded_decode import sharded_decode
 from leanserve.attention.sharded_prefill import sharded_prefill

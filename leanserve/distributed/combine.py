@@ -5,8 +5,8 @@ commutatively into the state of their union (`lean_attention.AttentionState`). S
 """
 
 import torch
-from lean_attention import AttentionState, merge_states
 
+from lean_attention import AttentionState, merge_states
 from leanserve.distributed.ranks import Ranks
 
 __all__ = ["combine"]

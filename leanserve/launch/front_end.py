@@ -93,7 +93,7 @@ def serve_http(options: ServeOptions) -> int:
         num_ranks, unused_gpu = None, None
         run_dir = Path(os.environ[RUN_DIR_VARIABLE])
         when_gone(int(agent_pid), lambda: os.kill(os.getpid(), signal.SIGTERM))
-    console.print(f"[bold]LeanServe {__version__}[/]  {options.model_name}  ({architecture.description})")
+    console.print(f"[bold]LeanServe {__version__}[/]  {options.model_name}  ({architecture.describe()})")
     if unused_gpu is not None:
         console.print(f"No GPU is used: {unused_gpu}")
     group = EngineGroup(options.launch.engine_config(model_dir), num_ranks=num_ranks, run_dir=run_dir)

@@ -50,6 +50,8 @@ class LoadedRank:
     """A rank that is ready to execute."""
 
     ranks: Ranks
+    decoder: Decoder
+    shard: KvShard
     runner: Runner
     sharding: KvSharding
     info: EngineInfo
@@ -73,7 +75,7 @@ def load_rank(
 
     model_dir = Path(config.model_dir)
     architecture = read_architecture(model_dir)
-    dtype = choose_dtype(config.dtype, architecture.dtype, device)
+    dtype = choose_dtype(config.dtype, architecture.checkpoint_dtype, device)
     decoder = Decoder(architecture, dtype=dtype, device=device)
     load_weights(decoder, model_dir, progress=progress)
 
@@ -101,10 +103,12 @@ def load_rank(
     attention = config.attention if config.attention != "auto" else None
     return LoadedRank(
         ranks=ranks,
+        decoder=decoder,
+        shard=shard,
         runner=Runner(decoder, shard, ranks, backend=attention),
         sharding=sharding,
         info=EngineInfo(
-            architecture=architecture.description,
+            architecture=architecture.describe(),
             vocab_size=architecture.vocab_size,
             eos_token_ids=architecture.eos_token_ids,
             max_context_tokens=_max_context_tokens(config, architecture, sharding),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 
 import msgspec
 import torch
@@ -33,11 +34,11 @@ from leanserve.engine.engine import Engine
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.service import serve
 from leanserve.launch.lifeline import when_gone
-from leanserve.launch.loading import Place, load_rank
+from leanserve.launch.loading import LoadedRank, Place, load_rank
 from leanserve.launch.ranks_process import RUN_DIR_VARIABLE, engine_address
 from leanserve.launch.threads import default_threads, user_set_threads
 
-__all__ = ["main", "run_rank"]
+__all__ = ["follow", "main", "make_engine", "run_rank"]
 
 CONFIGURE_TIMEOUT_S = 1800.0
 """A front end may first download a model."""
@@ -97,43 +98,55 @@ def _run_rank_0(place: Place, store: dist.Store, context: zmq.Context, run_dir: 
         orders = Orders(configure.config, str(run_dir), configure.front_end_pid)
         store.set("leanserve/orders", msgspec.json.encode(orders))
         loaded = load_rank(place, store, configure.config, lambda done, total: tell(Loading("weights", done, total)))
-        sender = StepSender(context, run_dir, place.size)
-
-        def execute(batch: Batch) -> StepResult:
-            sender.send(batch)
-            return loaded.runner.execute(batch)
-
-        info = loaded.info
-        scheduler = Scheduler(loaded.sharding, configure.config.batch, max_context_tokens=info.max_context_tokens)
-        engine = Engine(scheduler, execute, eos_token_ids=info.eos_token_ids)
-        tell(EngineReady(info))
-        serve(engine, socket)
-        sender.send(Stop())
-        loaded.ranks.leave()
-        sender.close()
-        return 0
     except LeanServeError as error:
         tell(EngineFailed(str(error)))
+        socket.close()
         return 1
     except Exception as error:
-        tell(EngineFailed(f"rank 0 failed: {type(error).__name__}: {error}"))
-        raise
-    finally:
+        tell(EngineFailed(f"rank 0 could not load: {type(error).__name__}: {error}"))
         socket.close()
+        raise
+    sender = StepSender(context, run_dir, place.size)
+    engine = make_engine(loaded, configure.config, sender)
+    tell(EngineReady(loaded.info))
+    try:
+        serve(engine, socket, Event())
+        sender.send(Stop())
+        loaded.ranks.leave()
+    finally:
+        sender.close()
+        socket.close()
+    return 0
+
+
+def make_engine(loaded: LoadedRank, config: EngineConfig, sender: StepSender) -> Engine:
+    """The engine of rank 0: every step goes out to the other ranks before it is computed here."""
+
+    def execute(batch: Batch) -> StepResult:
+        sender.send(batch)
+        return loaded.runner.execute(batch)
+
+    info = loaded.info
+    scheduler = Scheduler(loaded.sharding, config.batch, info.max_context_tokens)
+    return Engine(scheduler, execute, info.eos_token_ids)
 
 
 def _run_other_rank(place: Place, store: dist.Store, context: zmq.Context, orders: Orders) -> int:
     try:
         loaded = load_rank(place, store, orders.config, lambda done, total: None)
-        receiver = StepReceiver(context, Path(orders.run_dir), place.rank)
-        while isinstance(message := receiver.receive(), Batch):
-            loaded.runner.execute(message)
+        follow(loaded, StepReceiver(context, Path(orders.run_dir), place.rank))
         loaded.ranks.leave()
-        receiver.close()
     except LeanServeError as error:
         print(f"leanserve: rank {place.rank}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def follow(loaded: LoadedRank, receiver: StepReceiver) -> None:
+    """Execute what rank 0 says until it says stop."""
+    while isinstance(message := receiver.receive(), Batch):
+        loaded.runner.execute(message)
+    receiver.close()
 
 
 def _wait_for_configuration(socket: "zmq.Socket[bytes]") -> Configure:

@@ -19,6 +19,8 @@ class StepInputs:
 
     tokens_N: torch.Tensor
     """int64."""
+    prompt_lengths_N: torch.Tensor
+    """int64: tokens in the prompt of each token's sequence."""
     layout: StepLayout
     sampling_rows: torch.Tensor
     """int64 [M]: rows of the N tokens whose hidden state gives a next token, in row order."""
@@ -51,6 +53,7 @@ def build_inputs(rows: list[Row], live: LiveSequences, page_tokens: int, device:
 
     return StepInputs(
         tokens_N=to_device(tokens),
+        prompt_lengths_N=to_device(np.repeat([s.num_prompt_tokens for s in sequences], counts)),
         layout=StepLayout(
             positions_N=to_device(positions),
             pages_N=to_device(pages),

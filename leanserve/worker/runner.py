@@ -43,7 +43,12 @@ class Runner:
         token_ids: list[int] = []
         if batch.rows:
             inputs = build_inputs(batch.rows, self._live, self._shard.page_tokens, self._ranks.device)
-            hidden_NC = self._decoder(inputs.tokens_N, inputs.layout.positions_N, self._attention(inputs))
+            hidden_NC = self._decoder.forward(
+                inputs.tokens_N,
+                inputs.layout.positions_N,
+                self._attention(inputs),
+                prompt_lengths_N=inputs.prompt_lengths_N,
+            )
             token_ids = self._next_tokens(hidden_NC, inputs)
         self._completed_step = batch.step
         self._checksum = step_checksum(batch.step, token_ids)
