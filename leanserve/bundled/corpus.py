@@ -209,7 +209,9 @@ class Writer:
         name = self.rng.choice(list(RELATIONS))
         relation = RELATIONS[name]
         return self._new(
-            lambda: Fact(name, self.rng.choice(relation.heads), self.rng.choice(relation.tails), relation.value(self.rng))
+            lambda: Fact(
+                name, self.rng.choice(relation.heads), self.rng.choice(relation.tails), relation.value(self.rng)
+            )
         )
 
     def distractor(self, fact: Fact) -> Fact:

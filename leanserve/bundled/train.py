@@ -127,9 +127,10 @@ class Trainer:
     @torch.no_grad()
     def validate(self, level: Level, batches: int = 2) -> float:
         """Accuracy of answer tokens on documents that are never trained on."""
-        return sum(
-            loss_of(self.network, self.held_out.batch(level, i, self.device))[1].item() for i in range(batches)
-        ) / batches
+        return (
+            sum(loss_of(self.network, self.held_out.batch(level, i, self.device))[1].item() for i in range(batches))
+            / batches
+        )
 
     def run(self, stages: tuple[Stage, ...] = STAGES) -> None:
         """Trains until the last stage is over."""
@@ -138,7 +139,9 @@ class Trainer:
             while self.stage < len(stages):
                 stage = stages[self.stage]
                 bar = progress.add_task(stage.name, total=stage.minutes * 60, completed=self.stage_seconds)
-                self._run_stage(stage, lambda text, bar=bar: progress.update(bar, description=text, completed=self.stage_seconds))
+                self._run_stage(
+                    stage, lambda text, bar=bar: progress.update(bar, description=text, completed=self.stage_seconds)
+                )
                 directory = self.out / stage.name
                 save(self.network, directory)
                 for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -161,7 +164,9 @@ class Trainer:
             loss = self.train_step(level, rate * min(1.0, (1 - over) / (1 - DECAY_FROM)))
             if self.step % 20 == 0:
                 self._log(stage, loss=loss)
-            report(f"{stage.name}, {level.tokens} tokens: step {self.step}, loss {loss:.2f}, answers {self.accuracy:.0%}")
+            report(
+                f"{stage.name}, {level.tokens} tokens: step {self.step}, loss {loss:.2f}, answers {self.accuracy:.0%}"
+            )
             if self.accuracy > PROMOTION and self.level + 1 < len(stage.levels):
                 self.level, self.accuracy, since_validation = self.level + 1, 0.0, math.inf
             seconds = time.monotonic() - started

@@ -6,6 +6,7 @@ binds, the engine connects, so that a later engine may take the place of one tha
 
 import asyncio
 import logging
+import os
 import time
 from array import array
 from collections import deque
@@ -19,16 +20,20 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedError
 from leanserve.contracts.messages import (
     Abort,
+    Configure,
     EngineFailed,
     EngineInfo,
     EngineReady,
     FromEngine,
+    Hello,
     Loading,
     Shutdown,
     Submit,
+    ToEngine,
     TokenOutput,
     TokenOutputs,
     decode_from_engine,
@@ -197,11 +202,13 @@ class EngineClient:
 
     Args:
         address: where to bind, `ipc://...`.
+        config: given to an engine that asks for it with Hello, which every rank process does first.
         max_queued_tokens: tokens that may wait unread in one stream before its requests are stopped.
     """
 
-    def __init__(self, address: str, *, max_queued_tokens: int = 1024) -> None:
+    def __init__(self, address: str, config: EngineConfig | None = None, *, max_queued_tokens: int = 1024) -> None:
         self.address = address
+        self._config = config
         self.state: EngineState = "loading"
         self.info: EngineInfo | None = None
         """Known once the engine has been ready."""
@@ -215,6 +222,8 @@ class EngineClient:
         self._heard_at = time.monotonic()
         self._connections = 0
         self._settled = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._is_ending = False
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -254,6 +263,11 @@ class EngineClient:
         if self.state == "failed" or self.info is None:
             raise EngineError(self.failure or "the engine failed")
         return self.info
+
+    async def wait_failed(self) -> str:
+        """Wait until the engine fails; returns why."""
+        await self._failed.wait()
+        return self.failure or "the engine failed"
 
     async def generate(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, request_id: str | None = None
@@ -295,6 +309,7 @@ class EngineClient:
             self.state, self.failure = "failed", message
         self._end(list(self._live.values()), message)
         self._settled.set()
+        self._failed.set()
 
     def end_all(self, message: str) -> None:
         """End every live request with an EngineError and tell the engine to stop them."""
@@ -303,6 +318,7 @@ class EngineClient:
 
     def shut_down_engine(self) -> None:
         """Ask the engine to end every rank; nothing happens when none is connected."""
+        self._is_ending = True
         self._send(Shutdown())
 
     def check_ready(self) -> None:
@@ -332,7 +348,7 @@ class EngineClient:
                 request.stream._live.discard(request.request_id)  # pyright: ignore[reportPrivateUsage]
                 request.stream._fail(EngineError(f"the engine stopped: {message}"))  # pyright: ignore[reportPrivateUsage]
 
-    def _send(self, message: Submit | Abort | Shutdown) -> bool:
+    def _send(self, message: ToEngine) -> bool:
         """Send without waiting; False when no engine is connected."""
         if self._socket is None:
             return False
@@ -354,6 +370,9 @@ class EngineClient:
             match message:
                 case TokenOutputs():
                     self._deliver(message)
+                case Hello():
+                    if self._config is not None:
+                        self._send(Configure(self._config, os.getpid()))
                 case Loading():
                     self.state, self.loading, self.failure = "loading", message, None
                     self._settled.clear()
@@ -387,7 +406,8 @@ class EngineClient:
             orphans = list(self._live.values())
             await asyncio.sleep(_LAST_WORDS_S)
             if self._connections == 0 and self.state != "failed":
-                logger.error("the engine's connection closed")
+                if not self._is_ending:
+                    logger.error("the engine's connection closed")
                 self.fail("its connection closed")
             else:
                 self._end(orphans, "its connection closed")
