@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -72,11 +73,39 @@ def test_what_is_kept_for_one_is_shared_when_another_needs_it() -> None:
     assert {len(runs_of(grants[number], 0)) for number in range(8)} == {1}
 
 
+def pool_with_open_ranges(num_pages: int, *ranges: tuple[int, int]) -> PagePool:
+    """All other pages are in use."""
+    pool = PagePool(num_pages)
+    cuts = sorted({0, num_pages, *(page for bounds in ranges for page in bounds)})
+    runs: list[PageRun] = []
+    for first, end in pairwise(cuts):
+        run = None
+        for _ in range(first, end):
+            _, run = pool.take(run, end - first)
+        assert run is not None
+        assert (run.first, run.end, run.limit) == (first, end, end)
+        runs.append(run)
+        end = first
+    for run in runs:
+        if (run.first, run.end) in ranges:
+            pool.give_back(run)
+    return pool
+
+
 def test_a_run_goes_on_past_its_expectation_while_the_next_page_is_free() -> None:
-    pages = allocator(10)
-    sequence = SequencePages(1)
-    grants = [grant for _ in range(10) for grant in pages.grow(sequence, 1, expected_pages=3)]
-    assert [grant.page for grant in grants] == list(range(10))
+    pool = pool_with_open_ranges(20, (2, 4), (6, 7), (9, 13))
+    page, run = pool.take(None, 3)
+    pages = [page]
+    while pool.num_free:
+        page, run = pool.take(run, 1)
+        pages.append(page)
+    assert pages == [9, 10, 11, 12, 6, 2, 3]
+
+
+def test_a_new_run_takes_the_smallest_range_that_surely_holds_it() -> None:
+    for expected, first in ((1, 2), (2, 4), (3, 10), (4, 10), (5, 10), (9, 10), (50, 10)):
+        page, _ = pool_with_open_ranges(40, (2, 3), (4, 6), (10, 17)).take(None, expected)
+        assert page == first, f"{expected} pages expected"
 
 
 @pytest.mark.parametrize("num_pages", [1, 7, 64, 1000])
