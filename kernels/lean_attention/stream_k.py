@@ -35,7 +35,7 @@ MERGE_ELEMENTS = 8192
 
 
 @triton.jit
-def online_softmax(q, k, v, acc, m, l, seen, scale_log2, softcap, MASKED: tl.constexpr, UPCAST: tl.constexpr):
+def online_softmax(q, k, v, acc, m, l, seen, scale_log2, softcap, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Attend to one tile: q [M, D], k and v [N, D], acc [M, D], m and l [M] (base 2), seen [M or 1, N]."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     if UPCAST:
@@ -57,6 +57,23 @@ def online_softmax(q, k, v, acc, m, l, seen, scale_log2, softcap, MASKED: tl.con
 
 
 @triton.jit
+def _locate(table_ptr, positions_ptr, tile, length, table_width, N: tl.constexpr, PAGE: tl.constexpr):
+    """A tile's page and the absolute position of its first token; where a tile spans pages, those of each token [N]."""
+    if PAGE % N == 0:
+        token = tile * N
+        index = tl.minimum(token // PAGE, table_width - 1)
+        page, position = tl.load(table_ptr + index), token
+        if positions_ptr is not None:
+            position = tl.load(positions_ptr + index) + token % PAGE
+    else:
+        token = tile * N + tl.arange(0, N)
+        page, position = tl.load(table_ptr + token // PAGE, mask=token < length, other=0), token
+        if positions_ptr is not None:
+            position = tl.load(positions_ptr + token // PAGE, mask=token < length, other=0) + token % PAGE
+    return page, position
+
+
+@triton.jit
 def _walk(
     q, acc, m, l, first, last, length, oldest,
     k_head_ptr, v_head_ptr, table_ptr, positions_ptr, table_width,
@@ -68,28 +85,23 @@ def _walk(
     d = tl.arange(0, D)
     n = tl.arange(0, N)
     ONE_PAGE: tl.constexpr = PAGE % N == 0
-    page = tl.load(table_ptr + first * N // PAGE) if ONE_PAGE else 0
+    page, position = _locate(table_ptr, positions_ptr, first, length, table_width, N, PAGE)
     for tile in tl.range(first, last, num_stages=STAGES):
-        token = tile * N + n  # [N]
+        seen = tile * N + n < length  # [N]
         if ONE_PAGE:
             slot = (tile * N) % PAGE
             k_tile_ptr = k_head_ptr + page.to(tl.int64) * k_stride_p + slot.to(tl.int64) * k_stride_t
             v_tile_ptr = v_head_ptr + page.to(tl.int64) * v_stride_p + slot.to(tl.int64) * v_stride_t
             k_ptrs = k_tile_ptr + n[:, None] * k_stride_t + d[None, :]  # [N, D]
             v_ptrs = v_tile_ptr + n[:, None] * v_stride_t + d[None, :]
-        seen = token < length
-        if WINDOWED:
-            # Beyond `length` a page may not be listed.
-            index = tl.minimum(token // PAGE, table_width - 1)
-            position = token
-            if positions_ptr is not None:
-                position = tl.load(positions_ptr + index, mask=seen, other=0) + token % PAGE
-            seen = seen & (position >= oldest)
-        if not ONE_PAGE:
-            pages = tl.load(table_ptr + token // PAGE, mask=seen, other=0).to(tl.int64)  # [N]
-            slots = (token % PAGE).to(tl.int64)
+            if WINDOWED:
+                seen = seen & (position + n >= oldest)
+        else:
+            pages, slots = page.to(tl.int64), ((tile * N + n) % PAGE).to(tl.int64)  # [N]
             k_ptrs = k_head_ptr + (pages * k_stride_p + slots * k_stride_t)[:, None] + d[None, :]
             v_ptrs = v_head_ptr + (pages * v_stride_p + slots * v_stride_t)[:, None] + d[None, :]
+            if WINDOWED:
+                seen = seen & (position >= oldest)
         # A recycled page may hold NaN beyond its tokens, and 0 * NaN is NaN: V is masked as well as the logits.
         if MASKED:
             read = seen[:, None] & (d[None, :] < HEAD_DIM)
@@ -101,9 +113,9 @@ def _walk(
         else:
             k = tl.load(k_ptrs, eviction_policy="evict_first")
             v = tl.load(v_ptrs, eviction_policy="evict_first")
-        if ONE_PAGE:
-            # Fetched one tile ahead, so that the address of the next tile is there when its load is issued.
-            page = tl.load(table_ptr + tl.minimum((tile + 1) * N // PAGE, table_width - 1))
+        # One tile ahead: the next tile's addresses are there when its loads are issued, and the pipeliner sees no load that
+        # depends on a load (it would spend a stage on it and keep one tile less in flight).
+        page, position = _locate(table_ptr, positions_ptr, tile + 1, length, table_width, N, PAGE)
         acc, m, l = online_softmax(q, k, v, acc, m, l, seen[None, :], scale_log2, softcap, MASKED, UPCAST)
     return acc, m, l
 
@@ -180,7 +192,7 @@ def _write_row(
     out = acc / tl.where(l > 0, l, 1.0)[:, None]
     if v_scale_ptr is not None:
         out *= tl.load(v_scale_ptr)
-    lse = tl.where(l > 0, (m + tl.log2(l)) * LN2, float("-inf"))
+    lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) * LN2, float("-inf"))
     row = (sequence.to(tl.int64) * kv_heads + kv_head) * GROUP + g  # [M]
     tl.store(lse_ptr + row, lse, mask=inside)
     out_mask = inside[:, None] & (d[None, :] < HEAD_DIM)
