@@ -35,7 +35,7 @@ MERGE_ELEMENTS = 8192
 
 
 @triton.jit
-def online_softmax(q, k, v, acc, m, l, seen, scale_log2, softcap, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def online_softmax(q, k, v, acc, m, l, seen, scale_log2, softcap, MASKED: tl.constexpr, UPCAST: tl.constexpr):
     """Attend to one tile: q [M, D], k and v [N, D], acc [M, D], m and l [M] (base 2), seen [M or 1, N]."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     if UPCAST:
