@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from live_server import live_server
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

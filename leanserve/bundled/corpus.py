@@ -29,7 +29,6 @@ from leanserve.bundled.words import (
     MONTHS,
     OBJECTS,
     PORTS,
-    SHIPS,
     SLOTS,
 )
 

@@ -1,7 +1,7 @@
 import pytest
+
 from engine.fake_executors import EchoExecutor, FailingExecutor
 from engine.workload import CheckedRun, token_bytes, toy_submit
-
 from leanserve.contracts.batch import Batch, StepResult, step_checksum
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.errors import DesyncError, EngineError, RequestError

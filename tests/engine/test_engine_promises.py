@@ -3,10 +3,10 @@
 import random
 
 import pytest
-from engine.workload import CheckedRun, toy_submit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.workload import CheckedRun, toy_submit
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.kv_sharding import KvSharding
 

@@ -6,8 +6,8 @@ import tracemalloc
 from statistics import median
 
 import pytest
-from engine.fake_executors import EchoExecutor
 
+from engine.fake_executors import EchoExecutor
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.kv_sharding import KvSharding

@@ -1,7 +1,7 @@
 import pytest
+
 from engine.fake_executors import EchoExecutor
 from engine.workload import CheckedRun, toy_submit
-
 from leanserve.contracts.batch import Batch, Row
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.errors import RequestTooLongError

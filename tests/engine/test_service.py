@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import zmq
+
 from engine.fake_executors import EchoExecutor, FailingExecutor
 from engine.workload import token_bytes
-
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.kv_sharding import KvSharding

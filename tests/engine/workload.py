@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-from engine.fake_executors import VOCAB_SIZE, ToyModelExecutor, toy_completion
 
+from engine.fake_executors import VOCAB_SIZE, ToyModelExecutor, toy_completion
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.errors import RequestTooLongError
