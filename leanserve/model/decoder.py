@@ -133,7 +133,9 @@ class Decoder:
     def _layer(self, index: int, layer: DecoderLayer, x_NC: Tensor, table: RotaryTable, attend: Attend) -> Tensor:
         a = self.architecture
         h_NC = rms_norm(x_NC, layer.input_norm_C, a.rms_norm_eps)
-        qkv_NHD = linear(h_NC, layer.qkv_JC, layer.qkv_bias_J).view(x_NC.shape[0], -1, a.head_dim)
+        qkv_NHD = linear(h_NC, layer.qkv_JC, layer.qkv_bias_J).unflatten(
+            1, (a.num_heads + 2 * a.num_kv_heads, a.head_dim)
+        )
         qk_NHD, v_NKD = qkv_NHD.split((a.num_heads + a.num_kv_heads, a.num_kv_heads), dim=1)
         if layer.qk_norm_HKD is not None:
             qk_NHD = rms_norm(qk_NHD, None, a.rms_norm_eps) * layer.qk_norm_HKD
@@ -142,7 +144,7 @@ class Decoder:
         q_NHD, k_NKD = qk_NHD.split((a.num_heads, a.num_kv_heads), dim=1)
 
         attended_NHD = attend(index, q_NHD, k_NKD, v_NKD)
-        x_NC = x_NC + linear(attended_NHD.reshape(x_NC.shape[0], -1), layer.output_CJ, layer.output_bias_C)
+        x_NC = x_NC + linear(attended_NHD.flatten(1), layer.output_CJ, layer.output_bias_C)
 
         h_NC = rms_norm(x_NC, layer.mlp_norm_C, a.rms_norm_eps)
         h_NJ = swiglu(linear(h_NC, layer.gate_up_JC, layer.gate_up_bias_J))
