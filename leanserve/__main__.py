@@ -132,7 +132,7 @@ def serve(
     With no MODEL the small bundled one is served: no download, no GPU needed. Under torchrun
     (`torchrun --standalone --nproc-per-node 3 -m leanserve serve ...`) its processes are the ranks.
     """
-    from leanserve.launch.front_end import ServeOptions, serve_http, serve_under_torchrun, started_by_torchrun
+    from leanserve.launch.front_end import ServeOptions, serve_under_torchrun, serve_until_stopped, started_by_torchrun
     from leanserve.launch.options import LaunchOptions
 
     if started_by_torchrun():
@@ -155,7 +155,7 @@ def serve(
             max_sequences=max_sequences,
         ),
     )
-    sys.exit(serve_http(options))
+    sys.exit(serve_until_stopped(options))
 
 
 @app.command()

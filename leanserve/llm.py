@@ -28,6 +28,7 @@ from leanserve.contracts.sampling import FinishReason, SamplingParams
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.options import LaunchOptions
 from leanserve.server.detokenizer import TextStream
+from leanserve.server.engine_client import EngineLoad
 from leanserve.server.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Prompt", "RequestOutput", "print_completion"]
@@ -160,6 +161,11 @@ class LLM:
                 yield item
         finally:
             pumping.cancel()
+
+    @property
+    def load(self) -> EngineLoad:
+        """What the engine said of itself with its newest step: running, waiting, pages used per rank."""
+        return self._group.client.load
 
     def close(self) -> None:
         """End the ranks and free what they held. Safe to call twice."""

@@ -23,12 +23,12 @@ VOCAB_SIZE = 199
 
 transformers.logging.disable_progress_bar()
 
-_CLASSES = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+CONFIG_CLASSES: dict[str, type[transformers.PreTrainedConfig]] = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "smollm3": transformers.SmolLM3Config,
 }
 
 
@@ -90,9 +90,8 @@ def checkpoint(
         fields["no_rope_layer_interval"] = 2
     if rope is not None:
         fields["rope_parameters"] = dict(rope)
-    config_class, model_class = _CLASSES[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**(fields | config)))
+    model = transformers.AutoModelForCausalLM.from_config(CONFIG_CLASSES[family](**(fields | config)))
     with torch.no_grad():
         for tensor_name, parameter in model.named_parameters():
             if tensor_name.endswith("norm.weight"):

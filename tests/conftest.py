@@ -1,4 +1,4 @@
-"""For all tests: one thread a process (tiny models; waiting threads only cost), and a path that child processes share."""
+"""For all tests: one thread a process (the models are tiny), and a path that child processes share."""
 
 import os
 from pathlib import Path

@@ -10,6 +10,9 @@ from leanserve.contracts.errors import DesyncError
 
 __all__ = ["Ranks"]
 
+# torch 2.13 renames it, and warns at the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -72,7 +75,7 @@ class Ranks:
         if self.stages_through_host:
             mine = mine.cpu()
         everybody = torch.empty((self.size * mine.numel(),), dtype=mine.dtype, device=mine.device)
-        dist.all_gather_into_tensor(everybody, mine.view(-1), group=self.group)
+        _all_gather(everybody, mine.view(-1), group=self.group)
         return everybody.view(self.size, *mine.shape).to(self.device)
 
     def broadcast_from_rank_0(self, x: torch.Tensor) -> torch.Tensor:

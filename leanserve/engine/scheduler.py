@@ -86,13 +86,11 @@ class Scheduler:
     def next_batch(self) -> Batch | None:
         """The next step, or None when there is nothing to do or to tell. Costs O(rows + pages granted)."""
         grants: list[PageGrant] = []
-        preemptions = self.preemptions
         rows = self._decode_rows(grants)
         budget_tokens = self.options.max_batch_tokens - len(rows)
         unfinished = [s for s in self._running.values() if s.num_tokens - s.num_computed_tokens > 1]
         left_tokens = budget_tokens - sum(s.num_tokens - s.num_computed_tokens for s in unfinished)
-        # Who was sent away in this step left its room to an older one: nobody may slip in between.
-        admitted = self._admit(left_tokens) if self.preemptions == preemptions else []
+        admitted = self._admit(left_tokens)
         rows += self._prefill_rows(unfinished + admitted, budget_tokens, grants)
         if not rows and not self._dropped:
             return None

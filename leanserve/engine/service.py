@@ -10,6 +10,7 @@ import zmq
 from leanserve.contracts.errors import RequestError
 from leanserve.contracts.messages import (
     Abort,
+    Configure,
     EngineFailed,
     FromEngine,
     Shutdown,
@@ -78,6 +79,8 @@ def _apply(message: ToEngine, engine: Engine, stop: Event) -> TokenOutput | None
         return None
     if isinstance(message, Abort):
         return engine.abort(message.request_id)
+    if isinstance(message, Configure):
+        return None  # it was configured before it was made
     try:
         engine.submit(message)
     except RequestError as error:

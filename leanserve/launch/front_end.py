@@ -1,15 +1,19 @@
 """The process a user starts with `leanserve serve`: HTTP and text here, ranks as children. Imports no torch."""
 
 import asyncio
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastapi import FastAPI
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from leanserve import __version__
@@ -20,17 +24,22 @@ from leanserve.launch.lifeline import when_gone
 from leanserve.launch.options import LaunchOptions
 from leanserve.launch.ranks_process import RUN_DIR_VARIABLE
 from leanserve.model.architecture import read_architecture
-from leanserve.server.app import ServerSettings, create_app
+from leanserve.server.app import create_app
 from leanserve.server.engine_client import EngineClient
-from leanserve.server.http_server import HttpServer, bind_socket
+from leanserve.server.http_server import bind_socket, serve_http
+from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
 
-__all__ = ["ServeOptions", "serve_http", "serve_under_torchrun", "show_loading", "started_by_torchrun"]
+__all__ = ["ServeOptions", "serve_under_torchrun", "serve_until_stopped", "show_loading", "started_by_torchrun"]
 
 AGENT_PID_VARIABLE = "LEANSERVE_AGENT_PID"
 """Set for a front end that rank 0 of a user's own torchrun started: the agent whose life it shares."""
 
+GRACE_S = 2.0
+"""After Ctrl-C or SIGTERM, how long live requests may go on before they end with an error."""
+
 BUNDLED_NAME = "leanserve-bundled"
+EXAMPLE_PROMPT = "Once upon a time"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +83,18 @@ def serve_under_torchrun(arguments: list[str]) -> int:
     return run_rank(start_front_end)
 
 
-def serve_http(options: ServeOptions) -> int:
+def serve_until_stopped(options: ServeOptions) -> int:
     """Serve until a signal or a failure. Returns the process's exit code.
 
     Raises:
         ConfigError, ModelError: before anything was started.
     """
     console = Console(stderr=True, highlight=False)
-    sock = bind_socket(options.host, options.port)
+    listener = bind_socket(options.host, options.port)
     model_dir = options.launch.find_model()
     architecture = read_architecture(model_dir)
     tokenizer = Tokenizer.from_dir(model_dir)
+    config = options.launch.engine_config(model_dir)
     agent_pid = os.environ.get(AGENT_PID_VARIABLE)
     if agent_pid is None:
         num_ranks, unused_gpu = options.launch.count_ranks()
@@ -96,42 +106,46 @@ def serve_http(options: ServeOptions) -> int:
     console.print(f"[bold]LeanServe {__version__}[/]  {options.model_name}  ({architecture.describe()})")
     if unused_gpu is not None:
         console.print(f"No GPU is used: {unused_gpu}")
-    group = EngineGroup(options.launch.engine_config(model_dir), num_ranks=num_ranks, run_dir=run_dir)
-    settings = ServerSettings(model_name=options.model_name)
-    app = create_app(group.client, tokenizer, settings)
-    return asyncio.run(_serve(group, HttpServer(app, sock), options, console))
+    group = EngineGroup(config, num_ranks=num_ranks, run_dir=run_dir)
+    app = create_app(group.client, tokenizer, ServerSettings(model_names=(options.model_name,)))
+    return asyncio.run(_serve(group, app, listener, options.host, console, has_text=tokenizer is not None))
 
 
-async def _serve(group: EngineGroup, http: HttpServer, options: ServeOptions, console: Console) -> int:
+async def _serve(
+    group: EngineGroup, app: FastAPI, listener: socket.socket, host: str, console: Console, *, has_text: bool
+) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    await group.start()
-    serving = asyncio.create_task(http.serve(), name="http")
-    stopping = asyncio.create_task(stop.wait(), name="stop signal")
+    http = asyncio.create_task(serve_http(app, listener, stop=stop, grace_s=GRACE_S), name="http")
     exit_code = 0
     try:
+        await group.start()
         ready = asyncio.create_task(show_loading(group.client, console), name="loading")
-        await asyncio.wait({ready, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({ready, http}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
-            _print_banner(console, ready.result(), http.url, options)
+            example = EXAMPLE_PROMPT if has_text else [1, 2, 3]
+            _print_banner(console, ready.result(), _url(listener, host), example)
             failed = asyncio.create_task(group.client.wait_failed(), name="engine failure")
-            await asyncio.wait({failed, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if failed.done():
+            await asyncio.wait({failed, http}, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done() and not stop.is_set():
                 raise EngineError(failed.result())
         else:
             ready.cancel()
-        console.print("Shutting down.")
     except EngineError as error:
-        console.print(f"[red]leanserve: {error}[/]")
+        console.print(f"[red]leanserve: {escape(str(error))}[/]", soft_wrap=True)
         exit_code = 1
     finally:
-        group.client.end_all("the server is shutting down")
-        await http.stop()
-        await asyncio.gather(serving, return_exceptions=True)
+        stop.set()
+        await http
         await group.close()
     return exit_code
+
+
+def _url(listener: socket.socket, host: str) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
 
 
 async def show_loading(client: EngineClient, console: Console) -> EngineInfo:
@@ -158,10 +172,13 @@ async def show_loading(client: EngineClient, console: Console) -> EngineInfo:
     return ready.result()
 
 
-def _print_banner(console: Console, info: EngineInfo, url: str, options: ServeOptions) -> None:
+def _print_banner(console: Console, info: EngineInfo, url: str, example: str | list[int]) -> None:
     ranks = len(info.pages_per_rank)
     pages = sorted(set(info.pages_per_rank))
     pages_text = f"{pages[0]:,}" if len(pages) == 1 else f"{pages[0]:,} to {pages[-1]:,}"
+    body = json.dumps(
+        {"prompt": example, "max_tokens": 32} | ({} if isinstance(example, str) else {"return_token_ids": True})
+    )
     kv_bytes = sum(info.pages_per_rank) * info.page_tokens * info.kv_bytes_per_token
     console.print(
         f"""\
@@ -172,7 +189,7 @@ def _print_banner(console: Console, info: EngineInfo, url: str, options: ServeOp
 
 Try it:
   curl {url}/v1/completions -H 'content-type: application/json' \\
-    -d '{{"prompt": "The captain", "max_tokens": 32}}'
+    -d '{body}'
 """,
         soft_wrap=True,
     )

@@ -96,7 +96,7 @@ def _run_rank_0(place: Place, store: dist.Store, context: zmq.Context, run_dir: 
         configure = _wait_for_configuration(socket)
         when_gone(configure.front_end_pid, _die)
         orders = Orders(configure.config, str(run_dir), configure.front_end_pid)
-        store.set("leanserve/orders", msgspec.json.encode(orders))
+        store.set("leanserve/orders", msgspec.json.encode(orders).decode())
         loaded = load_rank(place, store, configure.config, lambda done, total: tell(Loading("weights", done, total)))
     except LeanServeError as error:
         tell(EngineFailed(str(error)))

@@ -85,7 +85,8 @@ def choose_dtype(wanted: str, checkpoint_dtype: str, device: torch.device) -> to
 def describe(device: torch.device) -> str:
     """The device, for people."""
     if device.type == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads per rank"
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''} each"
     return torch.cuda.get_device_name(device)
 
 

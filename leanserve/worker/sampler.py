@@ -48,34 +48,52 @@ def sample(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
         logits_MV: float32.
     """
     tokens_M = torch.argmax(logits_MV, dim=-1)
-    rows = [m for m, draw in enumerate(draws) if not draw.sampling.is_greedy]
-    if rows:
-        picked = _sample_random(logits_MV[rows], [draws[m] for m in rows])
-        tokens_M[torch.tensor(rows, device=tokens_M.device)] = picked
+    # Which way a row goes must depend on the row alone: the two draw from differently ordered distributions.
+    random = [m for m, draw in enumerate(draws) if not draw.sampling.is_greedy]
+    for draw_rows, rows in (
+        (_draw_from_all, [m for m in random if not _truncates(draws[m].sampling)]),
+        (_draw_from_likely, [m for m in random if _truncates(draws[m].sampling)]),
+    ):
+        if rows:
+            tokens_M[rows] = draw_rows(logits_MV[rows], [draws[m] for m in rows])
     return tokens_M
 
 
-def _sample_random(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    device, vocab_size = logits_MV.device, logits_MV.shape[1]
+def _truncates(sampling: SamplingParams) -> bool:
+    return sampling.top_k is not None or sampling.top_p < 1 or sampling.min_p > 0
 
-    def column(values: list[float], dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
 
+def _draw_from_all(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    return _invert(_probabilities(logits_MV, draws), draws)
+
+
+def _draw_from_likely(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    vocab_size, device = logits_MV.shape[1], logits_MV.device
     params = [draw.sampling for draw in draws]
-    probs_MV = torch.softmax(logits_MV.double() / column([p.temperature for p in params]), dim=-1)
-    ids_MV = None
-    if any(p.top_k is not None or p.top_p < 1 or p.min_p > 0 for p in params):
-        probs_MV, ids_MV = torch.sort(probs_MV, dim=-1, descending=True, stable=True)
-        top_k = column([min(p.top_k or vocab_size, vocab_size) for p in params], torch.int64)
-        probs_MV = probs_MV.masked_fill(torch.arange(vocab_size, device=device) >= top_k, 0.0)
-        probs_MV = probs_MV / probs_MV.sum(dim=-1, keepdim=True)
-        # A token stays while the mass before it is below top_p, so the most likely one always stays.
-        before_MV = probs_MV.cumsum(dim=-1) - probs_MV
-        probs_MV = probs_MV.masked_fill(before_MV >= column([p.top_p for p in params]), 0.0)
-        floor = column([p.min_p for p in params]) * probs_MV[:, :1]
-        probs_MV = probs_MV.masked_fill(probs_MV < floor, 0.0)
+    probs_MV, ids_MV = torch.sort(_probabilities(logits_MV, draws), dim=-1, descending=True, stable=True)
+    top_k = _column([p.top_k or vocab_size for p in params], device)
+    probs_MV = probs_MV.masked_fill(torch.arange(vocab_size, device=device) >= top_k, 0.0)
+    probs_MV = probs_MV / probs_MV.sum(dim=-1, keepdim=True)
+    # A token stays while the mass before it is below top_p, so the most likely one always stays.
+    before_MV = probs_MV.cumsum(dim=-1) - probs_MV
+    probs_MV = probs_MV.masked_fill(before_MV >= _column([p.top_p for p in params], device), 0.0)
+    floor_M1 = _column([p.min_p for p in params], device) * probs_MV[:, :1]
+    probs_MV = probs_MV.masked_fill(probs_MV < floor_M1, 0.0)
+    return ids_MV.gather(1, _invert(probs_MV, draws).unsqueeze(1)).squeeze(1)
+
+
+def _probabilities(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    temperature_M1 = _column([draw.sampling.temperature for draw in draws], logits_MV.device)
+    return torch.softmax(logits_MV.double() / temperature_M1, dim=-1)
+
+
+def _invert(probs_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """The first place of each row whose cumulative mass exceeds the row's number; never one without mass."""
     cumulative_MV = probs_MV.cumsum(dim=-1)
-    targets = column([uniform(d.seed, d.index) for d in draws]) * cumulative_MV[:, -1:]
-    # The first entry whose cumulative mass exceeds the target; entries of zero mass can never be it.
-    places = torch.searchsorted(cumulative_MV, targets, right=True).clamp_(max=vocab_size - 1)
-    return (places if ids_MV is None else ids_MV.gather(1, places)).squeeze(1)
+    numbers_M1 = _column([uniform(draw.seed, draw.index) for draw in draws], probs_MV.device)
+    places_M1 = torch.searchsorted(cumulative_MV, numbers_M1 * cumulative_MV[:, -1:], right=True)
+    return places_M1.squeeze(1).clamp_(max=probs_MV.shape[1] - 1)
+
+
+def _column(values: list[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)

@@ -3,10 +3,10 @@
 import random
 
 import pytest
-from engine.workload import CheckedRun, toy_submit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.workload import CheckedRun, toy_submit
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.kv_sharding import KvSharding
 
@@ -58,7 +58,10 @@ def test_a_long_crowded_life(
     while run.scheduler.step < 2500:
         while run.scheduler.num_waiting < 8:
             number += 1
-            run.submit(toy_submit(number, rng.randint(1, 30), rng.randint(1, 30), ignore_eos=rng.random() < 0.5))
+            prompt_tokens = rng.randint(1, 30)
+            fill = rng.random() < 0.1
+            max_tokens = run.sharding.total_tokens - prompt_tokens if fill else rng.randint(1, 30)
+            run.submit(toy_submit(number, prompt_tokens, max_tokens, ignore_eos=rng.random() < 0.5))
         if rng.random() < 0.05:
             run.abort(f"r{rng.randint(max(1, number - 20), number)}")
         run.step()

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-from engine.fake_executors import VOCAB_SIZE, ToyModelExecutor, toy_completion
 
+from engine.fake_executors import VOCAB_SIZE, ToyModelExecutor, toy_completion
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.errors import RequestTooLongError
@@ -112,6 +112,8 @@ class CheckedRun:
         for new in batch.started:
             assert new.sequence_id in self.starts or new.sequence_id > max(self.starts, default=0), "a queue was jumped"
             self.starts[new.sequence_id] += 1
+            assert any(row.sequence_id == new.sequence_id for row in batch.rows), "started, and left without a token"
+            assert new.sequence_id not in batch.dropped, "sent away and taken back in one step"
         request_ids = list(self.accepted)
         preempted = [number for number in batch.dropped if request_ids[number - 1] not in self.ends]
         assert all(row.sequence_id < min(preempted) for row in batch.rows if preempted), "an older one made room"
