@@ -1,7 +1,7 @@
 """The command line of `leanserve bench`. What is heavy is imported when a benchmark runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -25,11 +25,15 @@ def _numbers(text: str, option: str, *, at_least: int = 1) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def _dtypes(text: str) -> tuple[str, ...]:
-    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    if not set(parts) <= {"float32", "bfloat16"}:
-        raise typer.BadParameter(f"{text!r}; allowed are float32, bfloat16 or both", param_hint="--dtypes")
-    return parts
+def _dtypes(text: str) -> tuple[Literal["float32", "bfloat16"], ...]:
+    found: dict[Literal["float32", "bfloat16"], None] = {}
+    for part in text.split(","):
+        match part.strip():
+            case "float32" | "bfloat16" as dtype:
+                found[dtype] = None
+            case _:
+                raise typer.BadParameter(f"{text!r}; allowed are float32, bfloat16 or both", param_hint="--dtypes")
+    return tuple(found)
 
 
 @bench_app.command()
@@ -59,8 +63,8 @@ def engine(
     """Decode speed and time to first token on this machine's CPU, beside transformers `generate`.
 
     A random Llama of 0.2B parameters (8 layers, hidden 1024, 16 query and 8 KV heads of 128) is made in a temporary
-    directory. Every system has the same threads in all and the same dtype, and they take turns at every cell of the
-    grid. Decode is measured on caches filled with random numbers, so long contexts cost no prefill; time to first token
+    directory. Every system has the same dtype and the same threads in all (the cores, or OMP_NUM_THREADS), and they
+    take turns at every cell of the grid. Decode is measured on caches filled with random numbers, so long contexts cost no prefill; time to first token
     is a real prefill. The whole grid takes about half an hour on 2 cores.
     """
     from leanserve.bench.engine import Grid, run_engine_bench

@@ -1,5 +1,6 @@
 """`bench engine`: the whole grid in one run, every system in turn at every cell."""
 
+import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from leanserve.bench.machine import describe_machine, load_average, read_bandwid
 from leanserve.bench.random_model import ModelShape, make_checkpoint
 from leanserve.bench.report import PEER, CellReport, EngineReport, Settings, SystemFigures
 from leanserve.bench.system import System
-from leanserve.bench.task import Cell, Quantity, Task, Timing
+from leanserve.bench.task import Cell, DTypeName, Quantity, Task, Timing
 from leanserve.bench.transformers_peer import ATTENTION, run_transformers
 from leanserve.contracts.config import BatchOptions
 from leanserve.launch.threads import available_cores
@@ -31,7 +32,7 @@ LONG_PREFILL_TOKENS = 8 * 4096
 class Grid:
     """What is to be measured. The first cells come first in the report."""
 
-    dtypes: tuple[str, ...]
+    dtypes: tuple[DTypeName, ...]
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -50,7 +51,7 @@ def run_engine_bench(grid: Grid, console: Console) -> EngineReport:
         EngineError: a measured system ended; what was measured before is lost.
     """
     machine = describe_machine()
-    threads = available_cores()
+    threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     torch.set_num_threads(threads)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="leanserve-bench-")))

@@ -44,13 +44,13 @@ def run_rank(rank: int, connection: Connection, size: int, threads: int, model_d
     """
     torch.set_num_threads(threads)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    store = dist.FileStore(str(folder / "store"), size)
     place = Place(rank=rank, size=size, local_rank=rank, local_size=size, agent_pid=os.getppid())
     for number, task in enumerate(tasks_from(connection)):
         config = _config(task, size, model_dir)
-        loaded = load_rank(place, dist.PrefixStore(str(number), store), config, lambda done, total: None)
         run_dir = folder / str(number)
         run_dir.mkdir(exist_ok=True)
+        store = dist.FileStore(str(run_dir / "store"), size)  # pyright: ignore[reportPrivateImportUsage]
+        loaded = load_rank(place, store, config, lambda done, total: None)
         if task.quantity == "decode":
             fill_with_noise(loaded.shard.pool_L2PKTD)
         with zmq.Context() as context:

@@ -7,11 +7,13 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["MAX_STEPS", "Cell", "Quantity", "StepClock", "Task", "Timing", "repeated"]
+__all__ = ["MAX_STEPS", "Cell", "DTypeName", "Quantity", "StepClock", "Task", "Timing", "repeated"]
 
 Quantity = Literal["decode", "first token"]
 """decode: seconds a step takes in which every sequence of the batch gets one token, its context being in the cache.
 first token: seconds from handing over the prompts to a prompt's first token, mean over the batch; nothing is cached."""
+
+DTypeName = Literal["float32", "bfloat16"]
 
 MIN_STEPS, MAX_STEPS, STEPS_MAX_S = 5, 48, 10.0
 MAX_RUNS, RUNS_MAX_S = 3, 4.0
@@ -20,7 +22,7 @@ MAX_RUNS, RUNS_MAX_S = 3, 4.0
 class Cell(msgspec.Struct, frozen=True):
     """One place of the grid."""
 
-    dtype: Literal["float32", "bfloat16"]
+    dtype: DTypeName
     """Of weights and KV."""
     context_tokens: int
     """Prompt tokens of each sequence."""

@@ -6,11 +6,12 @@ Decode is measured on caches that were filled with random numbers, as on LeanSer
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import torch
 import transformers
-from transformers import DynamicCache, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from leanserve.bench.noise import fill_with_noise, random_prompts
 from leanserve.bench.system import tasks_from
@@ -34,14 +35,15 @@ def run_transformers(rank: int, connection: Connection, threads: int, model_dir:
         del model  # before the next one is loaded
 
 
-def load(model_dir: Path, dtype: str) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(
+def load(model_dir: Path, dtype: str) -> Any:
+    """A causal language model of transformers, whose own type hints do not let it generate."""
+    return AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
     ).eval()
 
 
 @torch.inference_mode()
-def generate(model: LlamaForCausalLM, prompts: torch.Tensor, max_new_tokens: int, **options: object) -> torch.Tensor:
+def generate(model: Any, prompts: torch.Tensor, max_new_tokens: int, **options: object) -> torch.Tensor:
     """Greedy tokens, [batch, new tokens]."""
     output = model.generate(
         prompts.long(),
@@ -53,7 +55,7 @@ def generate(model: LlamaForCausalLM, prompts: torch.Tensor, max_new_tokens: int
     return output[:, prompts.shape[1] :]
 
 
-def _first_token(model: LlamaForCausalLM, task: Task) -> Timing:
+def _first_token(model: Any, task: Task) -> Timing:
     cell = task.cell
     seed = 0
 
@@ -75,11 +77,11 @@ class _Clocked(StoppingCriteria):
     def __init__(self, clock: StepClock) -> None:
         self._clock = clock
 
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), self._clock.tick(), dtype=torch.bool)
+    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
+        return cast(torch.BoolTensor, torch.full((input_ids.shape[0],), self._clock.tick(), dtype=torch.bool))
 
 
-def _decode(model: LlamaForCausalLM, task: Task) -> Timing:
+def _decode(model: Any, task: Task) -> Timing:
     cell = task.cell
     clock = StepClock()
     prompts = random_prompts(cell.batch, cell.context_tokens, model.config.vocab_size, seed=0)
@@ -93,10 +95,9 @@ def _decode(model: LlamaForCausalLM, task: Task) -> Timing:
     return clock.timing()
 
 
-def _filled_cache(model: LlamaForCausalLM, batch: int, tokens: int) -> DynamicCache:
+def _filled_cache(model: Any, batch: int, tokens: int) -> DynamicCache:
     """A cache that holds all but the newest token of each context."""
     config = model.config
-    assert config.num_key_value_heads is not None and config.head_dim is not None
     noise = torch.empty(batch, config.num_key_value_heads, tokens, config.head_dim, dtype=model.dtype)
     fill_with_noise(noise)
     cache = DynamicCache(config=config)
