@@ -37,7 +37,8 @@ class Engine:
 
         Raises:
             RequestTooLongError: it can never fit.
-            RequestError: the prompt is empty or no int32 array, or the id belongs to a live request.
+            RequestError: the prompt is empty or no int32 array.
+            ValueError: the id belongs to a live request, which an answer under this id would end: the caller's mistake.
         """
         prompt_bytes = len(request.prompt_token_ids)
         if prompt_bytes == 0:
@@ -48,7 +49,7 @@ class Engine:
                 param="prompt",
             )
         if request.request_id in self._live:
-            raise RequestError(f"request id {request.request_id!r} is in use", code="duplicate_request_id")
+            raise ValueError(f"request id {request.request_id!r} is in use")
         sampling = request.sampling
         end_token_ids = frozenset(sampling.stop_token_ids)
         sequence = Sequence(

@@ -25,7 +25,7 @@ class PageRun:
 
 
 class PagePool:
-    """Pages [0, num_pages) of one rank. Every operation costs O(1), whatever the pool's size or fragmentation."""
+    """Pages [0, num_pages) of one rank. Operations cost O(1) amortised, whatever the pool's size or fragmentation."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
@@ -118,7 +118,7 @@ class PagePool:
 
 
 class _BySize(Generic[Item]):
-    """Items in classes by the power of two below their size; items of size 0 are not kept. First in, first found."""
+    """Items in classes by the power of two below their size; items of size 0 are not kept. Last in, first found."""
 
     def __init__(self) -> None:
         self._classes: list[dict[Item, None]] = []
@@ -146,8 +146,14 @@ class _BySize(Generic[Item]):
         classes = self._occupied >> smallest
         if not classes:
             return None
-        return next(iter(self._classes[smallest + (classes & -classes).bit_length() - 1]))
+        return self._newest_of(smallest + (classes & -classes).bit_length() - 1)
 
     def large(self) -> Item | None:
         """An item more than half as large as the largest."""
-        return next(iter(self._classes[self._occupied.bit_length() - 1])) if self._occupied else None
+        return self._newest_of(self._occupied.bit_length() - 1) if self._occupied else None
+
+    def _newest_of(self, number: int) -> Item:
+        # Taken out and put back: looking at the end of a dict walks over all that was deleted there, popitem clears it.
+        item, _ = self._classes[number].popitem()
+        self._classes[number][item] = None
+        return item

@@ -23,7 +23,7 @@ class Scheduler:
       never more running sequences than tokens in the budget, and each that decodes has a row in every step.
     - When decoding runs out of pages, the youngest gives all of its pages back and waits at the head of the queue, to
       be computed again. It returns only when everybody has room to grow, twice as much each time it was sent away, so
-      the number of times is logarithmic in its length. The oldest is never sent away.
+      the number of times is logarithmic in the longest completion asked for. The oldest is never sent away.
     """
 
     def __init__(self, sharding: KvSharding, options: BatchOptions, max_context_tokens: int) -> None:

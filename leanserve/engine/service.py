@@ -34,9 +34,9 @@ MAX_MESSAGES_PER_STEP = 256
 def serve(engine: Engine, socket: zmq.Socket[bytes], stop: Event) -> None:
     """Serve until `stop` is set, by a signal handler or by a Shutdown message, or a step fails.
 
-    `socket` is a DEALER whose peer is the front end; one frame is one message. A frame that cannot be read is logged
-    and dropped. A front end that does not read holds the engine up once the socket's queues are full; no token is lost.
-    When this returns or raises, `stop` is set and every request has been given its last output.
+    `socket` is a DEALER whose peer is the front end; one frame is one message. A message that cannot be read, or that
+    reuses a live id, is logged and dropped. A front end that does not read holds the engine up once the socket's queues
+    are full; no token is lost. When this returns or raises, `stop` is set and every request has had its last output.
 
     Raises:
         Exception: what the step raised, after the front end was told.
@@ -85,6 +85,8 @@ def _apply(message: ToEngine, engine: Engine, stop: Event) -> TokenOutput | None
         engine.submit(message)
     except RequestError as error:
         return TokenOutput(message.request_id, [], finish_reason="error", error=str(error))
+    except ValueError as error:
+        logger.error("dropped a request: %s", error)
     return None
 
 

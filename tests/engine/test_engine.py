@@ -107,8 +107,9 @@ def test_an_abort_ends_a_request_once_in_every_phase(steps: int) -> None:
 def test_a_refused_request_leaves_no_trace(request_: Submit, says: str) -> None:
     engine = engine_with(EchoExecutor())
     engine.submit(submit("live", 3, max_tokens=2))
-    with pytest.raises(RequestError, match=says):
+    with pytest.raises(ValueError, match=says) as refusal:
         engine.submit(request_)
+    assert isinstance(refusal.value, RequestError) == (request_.request_id != "live")
     assert [output.request_id for output in run(engine)] == ["live", "live"]
 
 

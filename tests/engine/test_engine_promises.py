@@ -21,7 +21,7 @@ aborts = st.tuples(st.just("abort"), st.integers(0, 40))
 steps = st.tuples(st.just("step"), st.integers(1, 12))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(shardings, options, st.lists(st.one_of(arrivals, arrivals, steps, aborts), max_size=40))
 def test_every_request_ends_once_with_the_tokens_it_gets_alone(
     sharding: KvSharding, options: BatchOptions, events: list[tuple]

@@ -85,7 +85,6 @@ def pool_with_open_ranges(num_pages: int, *ranges: tuple[int, int]) -> PagePool:
         assert run is not None
         assert (run.first, run.end, run.limit) == (first, end, end)
         runs.append(run)
-        end = first
     for run in runs:
         if (run.first, run.end) in ranges:
             pool.give_back(run)

@@ -149,6 +149,16 @@ def test_a_frame_that_cannot_be_read_is_logged_and_dropped(frame: bytes, caplog:
     assert f"dropped a message of {len(frame)} bytes" in caplog.text
 
 
+def test_a_request_under_a_live_id_is_logged_and_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """An answer to it would end the live one."""
+    twice = submit("a", 3, 5)
+    with caplog.at_level(logging.ERROR), serving(EchoExecutor(), twice, twice) as front_end:
+        outputs = front_end.outputs_until("a")
+        assert [output.token_ids for output in outputs] == [[1]] * 5
+        assert outputs[-1].finish_reason == "length"
+    assert "request id 'a' is in use" in caplog.text
+
+
 def test_a_failing_step_ends_all_requests_and_the_service() -> None:
     error = OSError("the device is gone")
     with serving(FailingExecutor(2, error), submit("a", 3, 9), submit("b", 100, 9)) as front_end:
