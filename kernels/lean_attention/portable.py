@@ -188,7 +188,7 @@ def _prefill_sequence(
 
 
 def _visible_keys(keys_S: Tensor, queries_N: Tensor, window: int | None) -> tuple[slice, Tensor | None]:
-    """The run of a tile's keys (by position) that queries see, and a bias [N, run] of 0 and -inf; None if all see all."""
+    """The run of keys (by position) that the queries see, and a bias [N, run] of 0 and -inf; None if all see all."""
     seen_NS = keys_S <= queries_N[:, None]
     if window is not None:
         seen_NS &= keys_S > queries_N[:, None] - window
