@@ -1,4 +1,4 @@
-"""The algebra of states: merging disjoint parts gives the whole, however they were cut and in whatever order they come."""
+"""The algebra of states: disjoint parts merge to the whole, however they were cut and in whatever order they come."""
 
 import pytest
 import torch
