@@ -42,10 +42,10 @@ class PagedKV:
     """[B, max_pages] int32: the absolute position of each listed page's first token. None means j * T."""
 
     k_scale: Tensor | None = None
-    """float32, one element: a key is k * k_scale. None means 1."""
+    """float32, one element, for float8_e4m3fn pages: a key is k * k_scale. None means 1."""
 
     v_scale: Tensor | None = None
-    """float32, one element: a value is v * v_scale. None means 1."""
+    """float32, one element, for float8_e4m3fn pages: a value is v * v_scale. None means 1."""
 
     def __post_init__(self) -> None:
         k, v = self.k, self.v
@@ -80,6 +80,8 @@ class PagedKV:
                 raise ValueError(
                     f"PagedKV got {name} {scale.dtype} {tuple(scale.shape)}; needed: a float32 tensor of one element"
                 )
+            if scale is not None and k.dtype != torch.float8_e4m3fn:
+                raise ValueError(f"PagedKV got {name} for {k.dtype} pages; scales go with float8_e4m3fn pages only")
         devices = {t.device for t in (k, v, self.page_table, self.lengths)}
         devices |= {t.device for t in (self.page_positions, self.k_scale, self.v_scale) if t is not None}
         if len(devices) > 1:
@@ -142,8 +144,8 @@ def append_kv(
 
     k_new and v_new are [tokens, K, D]; token i goes to page pages[i], slot slots[i] (both int32 [tokens]). A negative
     page means that another shard owns the token: nothing is written for it. No two tokens may share a page and slot.
-    The values are divided by k_scale and v_scale where the pool has them, and cast to its dtype; for float8_e4m3fn they
-    are clamped to +-448 first.
+    The values are cast to the pool's dtype; for float8_e4m3fn they are first divided by k_scale and v_scale, and clamped
+    to +-448.
 
     Raises ValueError on other shapes, dtypes or devices. Page and slot ids are trusted: reading them would synchronise.
     """
@@ -190,9 +192,10 @@ def _append(
     mine = (pages >= 0).nonzero().flatten()
     pages, slots = pages[mine].long(), slots[mine].long()
     for pool, new, scale in ((k, k_new, k_scale), (v, v_new, v_scale)):
-        rows = new[mine] if scale is None else new[mine].float() / scale
+        rows = new[mine]
         if pool.dtype == torch.float8_e4m3fn:
-            rows = rows.float().clamp(-FP8_MAX, FP8_MAX)
+            rows = rows.float() if scale is None else rows.float() / scale
+            rows = rows.clamp(-FP8_MAX, FP8_MAX)
         pool[pages, :, slots] = rows.to(pool.dtype)
 
 

@@ -13,6 +13,10 @@ class Target:
     backend: Backend
     device: str
 
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and self.device == "cpu"
+
 
 @pytest.fixture(params=["portable", "triton"])
 def target(request: pytest.FixtureRequest) -> Target:

@@ -25,6 +25,7 @@ LENGTHS = torch.zeros(3, dtype=torch.int32)
         ({"lengths": LENGTHS[:2]}, r"lengths .* needed: int32 \[B\]"),
         ({"lengths": LENGTHS.long()}, r"lengths .* needed: int32 \[B\]"),
         ({"page_positions": TABLE[:, :1]}, r"page_positions .* needed: int32 \[B, max_pages\]"),
+        ({"k_scale": torch.ones(1)}, "float8_e4m3fn pages only"),
         ({"k_scale": torch.ones(2)}, "k_scale .* one element"),
         ({"v_scale": torch.ones(1).double()}, "v_scale .* one element"),
         ({"lengths": LENGTHS.to("meta")}, "put all on one device"),
@@ -43,7 +44,10 @@ def test_any_strides_with_unit_stride_in_the_head_dim():
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-def test_append_writes_what_is_mine_and_nothing_else(dtype, layout, target, generator):
+def test_append_writes_what_is_mine_and_nothing_else(dtype, layout, target, generator, request):
+    if dtype == torch.float8_e4m3fn and target.interpreted:
+        reason = "Triton's interpreter loses the carry when it rounds to float8: 7.9 becomes 4, not 8"
+        request.applymarker(pytest.mark.xfail(reason=reason))
     scales = (0.5, 4.0) if dtype == torch.float8_e4m3fn else None
     contexts = random_contexts([20, 3], 2, 80, generator)
     kv = page_out(contexts, 16, generator, dtype=dtype, device=target.device, layout=layout, scales=scales)
