@@ -13,9 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lean_attention.paged_kv import PagedKV
-from lean_attention.tuning import DecodeTuning, arch_family, decode_tuning, device_ctas
-
-MAX_HEAD_DIM = 256
+from lean_attention.tuning import DecodeTuning, arch_family, check_head_dim, decode_tuning, device_ctas
 
 # The layout of `StreamKPlan.work`, in int32 words: the header (total tiles, active CTAs, empty sequences, unused), then the
 # sections whose lengths are named here. The kernels walk the same offsets.
@@ -216,10 +214,7 @@ def plan_stream_k(
     """
     B, K, D = kv.num_sequences, kv.num_kv_heads, kv.head_dim
     group = num_heads // K
-    if D > MAX_HEAD_DIM:
-        raise ValueError(
-            f"the Triton decode kernel got head dim {D}; allowed: up to {MAX_HEAD_DIM}. Use backend='portable' beyond"
-        )
+    check_head_dim("decode", D)
     if tuning is None:
         tuning = decode_tuning(D, kv.k.dtype, group, arch_family(kv.device))
     if fixed_split is not None:

@@ -11,7 +11,11 @@ from typing import Literal
 import torch
 import triton
 
+from lean_attention.paged_kv import PagedKV
+
 ArchFamily = Literal["ampere", "hopper", "blackwell", "cdna", "interpreter"]
+
+MAX_HEAD_DIM = 256
 
 INTERPRETER_CTAS = 7
 """The grid where there are no multiprocessors: odd, so that runs cross rows."""
@@ -50,6 +54,23 @@ def head_block(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def check_head_dim(operator: str, head_dim: int) -> None:
+    """Raise ValueError for a head dim that the Triton kernels do not serve."""
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"the Triton {operator} kernel got head dim {head_dim}; allowed: up to {MAX_HEAD_DIM}. Use "
+            "backend='portable' beyond"
+        )
+
+
+def kernel_page_tokens(kv: PagedKV) -> int:
+    """The page size that the kernels are compiled for.
+
+    With one page to a sequence no tile crosses a page border, so that contiguous caches of every length share one binary.
+    """
+    return 1 << 30 if kv.page_table.shape[1] == 1 else kv.page_tokens
+
+
 def arch_family(device: torch.device) -> ArchFamily:
     if device.type != "cuda":
         return "interpreter"
@@ -62,6 +83,15 @@ def arch_family(device: torch.device) -> ArchFamily:
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def dot_precision(q_dtype: torch.dtype, family: ArchFamily) -> str:
+    """Triton's `input_precision`, which float32 products heed. Its default on NVIDIA, TF32, has 11 bits.
+
+    Three TF32 products on the tensor cores are as good as one in float32 to 2^-21; real float32 products ("ieee") have no
+    tensor cores and spill registers at head dim 128.
+    """
+    return "tf32x3" if q_dtype == torch.float32 and family in ("ampere", "hopper", "blackwell") else "ieee"
 
 
 def device_ctas(device: torch.device, ctas_per_sm: int) -> int:
