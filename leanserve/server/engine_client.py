@@ -43,6 +43,9 @@ EngineState = Literal["loading", "ready", "failed"]
 _LAST_WORDS_S = 0.1
 """After the engine's connection closes, time for messages that it sent before to arrive."""
 
+_FAREWELL_MS = 200
+"""Longest wait, when closing, for the last messages (a Shutdown) to leave."""
+
 logger = logging.getLogger("leanserve.server")
 
 
@@ -168,7 +171,7 @@ class OutputStream:
             return
         self._queue.append(output)
         self._queued_tokens += len(output.token_ids)
-        if self._queued_tokens > self._max_queued_tokens:
+        if self._queued_tokens > self._max_queued_tokens and self._live:
             self._fail(
                 OverloadedError(
                     f"{self._queued_tokens} tokens wait to be read; the request was stopped, at most "
@@ -213,7 +216,7 @@ class EngineClient:
         self._max_queued_tokens = max_queued_tokens
         self._live: dict[str, LiveRequest] = {}
         self._heard_at = time.monotonic()
-        self._connections = 0
+        self._connections: set[int] = set()
         self._settled = asyncio.Event()
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
@@ -225,7 +228,7 @@ class EngineClient:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
         self._socket.linger = 0
-        monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._socket.bind(self.address)
         self._tasks = [
             asyncio.create_task(self._receive(self._socket), name="engine outputs"),
@@ -241,7 +244,7 @@ class EngineClient:
         self._tasks = []
         if self._socket is not None and self._context is not None:
             self._socket.disable_monitor()
-            self._context.destroy(linger=0)
+            self._context.destroy(linger=_FAREWELL_MS)
             self._socket = self._context = None
 
     async def wait_ready(self) -> EngineInfo:
@@ -311,7 +314,7 @@ class EngineClient:
             progress = f" ({self.loading.stage}, {self.loading.done} of {self.loading.total})" if self.loading else ""
             raise OverloadedError(f"the model is still loading{progress}; try again soon", retry_after_s=2)
         if self.state == "failed":
-            raise EngineError(f"the engine is not running: {self.failure}")
+            raise EngineError(f"the engine is not running: {_first_line(self.failure)}")
 
     def _submit(self, stream: OutputStream, request_id: str, prompt_token_ids: bytes, sampling: SamplingParams) -> None:
         self.check_ready()
@@ -330,7 +333,7 @@ class EngineClient:
         for request in requests:
             if self._live.pop(request.request_id, None) is not None:
                 request.stream._live.discard(request.request_id)  # pyright: ignore[reportPrivateUsage]
-                request.stream._fail(EngineError(f"the engine stopped: {message}"))  # pyright: ignore[reportPrivateUsage]
+                request.stream._fail(EngineError(f"the engine stopped: {_first_line(message)}"))  # pyright: ignore[reportPrivateUsage]
 
     def _send(self, message: Submit | Abort | Shutdown) -> bool:
         """Send without waiting; False when no engine is connected."""
@@ -380,14 +383,19 @@ class EngineClient:
     async def _watch_connection(self, monitor: zmq.asyncio.Socket) -> None:
         while True:
             event = await cast("Any", recv_monitor_message(monitor))
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._connections += 1
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._connections.add(event["value"])
                 continue
-            self._connections -= 1
+            self._connections.discard(event["value"])
             orphans = list(self._live.values())
             await asyncio.sleep(_LAST_WORDS_S)
-            if self._connections == 0 and self.state != "failed":
+            if not self._connections and self.state != "failed":
                 logger.error("the engine's connection closed")
                 self.fail("its connection closed")
             else:
                 self._end(orphans, "its connection closed")
+
+
+def _first_line(message: str | None) -> str:
+    """What a client may know of a failure; the log has the rest."""
+    return (message or "no reason given").partition("\n")[0]

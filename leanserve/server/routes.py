@@ -13,7 +13,6 @@ from leanserve import __version__
 from leanserve.contracts.errors import EngineError, RequestError
 from leanserve.server.completions import Completion, Piece
 from leanserve.server.engine_client import OutputStream
-from leanserve.server.errors import error_reply
 from leanserve.server.protocol import CompletionRequest
 from leanserve.server.serving import Serving
 from leanserve.server.sse import EventStream, completion_events
@@ -41,7 +40,8 @@ def build_router(serving: Serving) -> APIRouter:
             for prompt, request_id in zip(prompts, completion.choices, strict=True):
                 outputs.submit(request_id, prompt.token_ids, sampling)
             if body.stream:
-                return EventStream(completion_events(completion, outputs, serving.settings.keep_alive_s), outputs)
+                events = completion_events(completion, outputs, serving.settings.keep_alive_s)
+                return EventStream(events, outputs, serving.counts)
             return _json(await _unless_disconnected(request, _collect(completion, outputs)))
         except BaseException:
             outputs.abort()
@@ -60,9 +60,9 @@ def build_router(serving: Serving) -> APIRouter:
     async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
         client = serving.client
         if client.state == "failed":
-            return error_reply(EngineError(f"the engine is not running: {client.failure}")).response()
+            client.check_ready()
         if client.silent_s > serving.settings.stall_after_s:
-            return error_reply(EngineError(f"the engine has made no progress for {client.silent_s:.0f} s")).response()
+            raise EngineError(f"the engine has made no progress for {client.silent_s:.0f} s")
         return _json(
             {
                 "status": "ok",

@@ -95,6 +95,12 @@ class Serving:
                 param="prompt",
                 code="too_many_prompts",
             )
+        if sampling.stop and self.tokenizer is None:
+            raise RequestError(
+                "this model has no tokenizer, so stop strings cannot be found; use stop_token_ids",
+                param="stop",
+                code="no_tokenizer",
+            )
         for token_id in sampling.stop_token_ids:
             if token_id >= info.vocab_size:
                 raise _outside_vocabulary("stop_token_ids", token_id, info.vocab_size)
