@@ -13,7 +13,7 @@ from leanserve import __version__
 from leanserve.contracts.errors import EngineError, RequestError
 from leanserve.server.completions import Completion, Piece
 from leanserve.server.engine_client import OutputStream
-from leanserve.server.protocol import CompletionRequest
+from leanserve.server.protocol import CompletionRequest, ErrorBody
 from leanserve.server.serving import Serving
 from leanserve.server.sse import EventStream, completion_events
 
@@ -24,16 +24,22 @@ _T = TypeVar("_T")
 
 def build_router(serving: Serving) -> APIRouter:
     """All routes of one model."""
-    router = APIRouter()
+    router = APIRouter(
+        responses={
+            "4XX": {"model": ErrorBody, "description": "The request is wrong."},
+            "5XX": {"model": ErrorBody, "description": "The server cannot answer, now or at all."},
+        }
+    )
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", openapi_extra={"requestBody": CompletionRequest.openapi()})
     async def completions(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         body = CompletionRequest.parse(await _json_body(request))
         serving.counts["unknown_fields"] += body.unknown_fields
         serving.check_model(body.model)
         sampling = body.sampling()
-        info = serving.admit()
+        info = serving.admit(1)
         prompts = await serving.prepare(body, sampling, info)
+        serving.admit(len(prompts))  # again: tokenizing a long text takes a while
         completion = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
         outputs = serving.client.open_stream()
         try:

@@ -129,7 +129,7 @@ def checked_error(response: httpx.Response, status: int = 400) -> dict[str, Any]
 def test_every_kind_of_bad_body_while_a_stream_runs() -> None:
     async def scenario() -> None:
         async with live_server(TOKENIZER, step_s=0.001) as live:
-            running = asyncio.create_task(live.chunks(prompt=[5, 6, 11], max_tokens=4000, return_token_ids=True))
+            running = asyncio.create_task(live.chunks(prompt=[5, 6, 11], max_tokens=3000, return_token_ids=True))
             await asyncio.sleep(0.05)
             for name, (body, param) in BAD_BODIES.items():
                 began = time.perf_counter()
@@ -143,7 +143,7 @@ def test_every_kind_of_bad_body_while_a_stream_runs() -> None:
             assert checked_error(await post(live, b"{" + OK + b', "model": "../../echo"}'), 404)["param"] == "model"
             chunks = await running
             token_ids = [token_id for chunk in chunks for token_id in chunk["choices"][0]["token_ids"]]
-            assert token_ids == ([5, 6, 11] * 4000)[:4000]
+            assert token_ids == [5, 6, 11] * 1000
             assert len(live.engine.submits) == 1
             assert (await post(live, b"{" + OK + b"}", "application/json; charset=utf-8")).status_code == 200
 
@@ -190,7 +190,7 @@ def test_fuzzed_types_never_break_the_server() -> None:
             running = asyncio.create_task(live.chunks(prompt=[5, 6, 11], max_tokens=4000))
             loop = asyncio.get_running_loop()
 
-            @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+            @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
             @given(
                 fields=st.dictionaries(st.sampled_from(KNOWN), JSON, max_size=4),
                 prompt=st.sampled_from(["a", [5, 6], ["a", "b"], [[5], [6]]]) | JSON,

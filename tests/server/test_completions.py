@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+import openai
 import pytest
 from server.echo_engine import engine_info
 from server.live_server import live_server, run
@@ -283,8 +284,6 @@ def test_sixty_four_streams_of_mixed_lengths() -> None:
 
 
 def test_the_openai_client() -> None:
-    openai = pytest.importorskip("openai")
-
     async def scenario() -> None:
         async with (
             live_server(TOKENIZER) as live,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import subprocess
@@ -51,7 +52,13 @@ def test_small_routes() -> None:
             wrong_method = await live.http.get("/v1/completions")
             assert is_error(wrong_method, 405, "method_not_allowed")
             assert wrong_method.headers["allow"] == "POST"
-            assert "/v1/completions" in (await live.http.get("/openapi.json")).json()["paths"]
+            described = (await live.http.get("/openapi.json")).json()
+            operation = described["paths"]["/v1/completions"]["post"]
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+            assert "stop_token_ids" in schema["properties"]
+            assert "$defs" not in json.dumps(described)
+            assert set(operation["responses"]) == {"200", "4XX", "5XX"}
+            assert "422" not in json.dumps(described)
 
     run(scenario())
 
@@ -300,6 +307,45 @@ def test_what_is_not_http_is_refused_in_our_words(data: bytes) -> None:
                 assert answer.startswith(b"HTTP/1.1 400 ")
                 assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
             assert (await live.http.get("/health")).status_code == 200
+
+    run(scenario())
+
+
+def test_a_full_server_says_so() -> None:
+    async def scenario() -> None:
+        async with live_server(None, settings={"max_live_requests": 3}) as live:
+            stalled = asyncio.create_task(live.complete(prompt=[[live.engine.stall_token]] * 2))
+            await asyncio.sleep(0.1)
+            assert (await live.complete(prompt=[5])).status_code == 200
+            refused = await live.complete(prompt=[[5], [6]])
+            assert is_error(refused, 503, "overloaded")
+            assert "the limit is 3" in refused.text
+            stalled.cancel()
+            await live.quiet()
+            assert (await live.complete(prompt=[[5], [6]])).status_code == 200
+
+    run(scenario())
+
+
+def test_nothing_is_kept_of_requests_that_ended() -> None:
+    async def scenario() -> None:
+        async with live_server(Tokenizer(byte_level())) as live:
+
+            async def rounds(count: int) -> int:
+                for i in range(count):
+                    await live.complete(prompt="The cat", max_tokens=2, stop="never")
+                    await live.chunks(prompt=[5], max_tokens=2)
+                    if i % 10 == 0:
+                        await live.complete(prompt=[5], temperature=7)
+                        await live.complete(prompt=[live.engine.error_token])
+                await live.quiet()
+                live.engine.submits.clear()
+                gc.collect()
+                return len(gc.get_objects())
+
+            before = await rounds(50)
+            after = await rounds(200)
+            assert after - before < 200, f"{after - before} objects more after 440 requests"
 
     run(scenario())
 
