@@ -6,9 +6,9 @@ binds, the engine connects, so that a later engine may take the place of one tha
 
 import asyncio
 import logging
+import os
 import time
 from array import array
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -19,24 +19,29 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedError
+from leanserve.contracts.config import EngineConfig
+from leanserve.contracts.errors import EngineError, OverloadedError
 from leanserve.contracts.messages import (
     Abort,
+    Configure,
     EngineFailed,
     EngineInfo,
     EngineReady,
     FromEngine,
+    Hello,
     Loading,
     Shutdown,
     Submit,
+    ToEngine,
     TokenOutput,
     TokenOutputs,
     decode_from_engine,
     encode,
 )
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.server.output_stream import OutputStream
 
-__all__ = ["EngineClient", "EngineLoad", "EngineState", "LiveRequest", "OutputStream", "token_bytes"]
+__all__ = ["EngineClient", "EngineLoad", "EngineState", "LiveRequest", "token_bytes"]
 
 EngineState = Literal["loading", "ready", "failed"]
 
@@ -72,127 +77,9 @@ class LiveRequest:
     request_id: str
     prompt_token_ids: bytes
     sampling: SamplingParams
-    stream: "OutputStream"
+    stream: OutputStream
     output_token_ids: "array[int]"
     """Every token received so far."""
-
-
-class OutputStream:
-    """The outputs of one or more requests, in the order they come: `EngineClient.open_stream` makes it.
-
-        stream = client.open_stream()
-        stream.submit("r1", token_bytes(prompt), sampling)
-        try:
-            while not stream.finished:
-                output = await stream.next()
-        finally:
-            stream.abort()
-
-    Every request ends here exactly once: with an output whose finish_reason is "stop" or "length", by `abort`, or,
-    all of them together, by one exception out of `next`.
-    """
-
-    def __init__(self, client: "EngineClient", max_queued_tokens: int) -> None:
-        self._client = client
-        self._max_queued_tokens = max_queued_tokens
-        self._queue: deque[TokenOutput] = deque()
-        self._queued_tokens = 0
-        self._live: set[str] = set()
-        self._error: LeanServeError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Nothing is left to read."""
-        return not self._queue and not self._live and self._error is None
-
-    def submit(self, request_id: str, prompt_token_ids: bytes, sampling: SamplingParams) -> None:
-        """Hand a request to the engine.
-
-        Raises:
-            OverloadedError: the engine is still loading.
-            EngineError: the engine failed or is gone.
-        """
-        self._client._submit(self, request_id, prompt_token_ids, sampling)  # pyright: ignore[reportPrivateUsage]
-        self._live.add(request_id)
-
-    async def next(self, timeout_s: float | None = None) -> TokenOutput | None:
-        """The next output, or None after `timeout_s` of silence. Call only while not `finished`.
-
-        Raises:
-            EngineError: the engine failed, or could not finish one of the requests; all of them have ended.
-            OverloadedError: outputs were read too slowly; all requests have ended.
-        """
-        if not self._queue and self._error is None:
-            await self._wait(timeout_s)
-        if self._queue:
-            output = self._queue.popleft()
-            self._queued_tokens -= len(output.token_ids)
-            return output
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        return None
-
-    def abort(self, request_id: str | None = None) -> None:
-        """Stop one request, or all; harmless for those that have ended. Outputs not read yet are dropped."""
-        ending = self._live & {request_id} if request_id is not None else self._live
-        for ended in ending:
-            self._client._abort(ended)  # pyright: ignore[reportPrivateUsage]
-        if request_id is None:
-            self._live.clear()
-            self._queue.clear()
-            self._error = None
-        else:
-            self._live.discard(request_id)
-            self._queue = deque(output for output in self._queue if output.request_id != request_id)
-        self._queued_tokens = sum(len(output.token_ids) for output in self._queue)
-
-    async def _wait(self, timeout_s: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        waiter = self._waiter = loop.create_future()
-        timer = None if timeout_s is None else loop.call_later(timeout_s, self._wake)
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _put(self, output: TokenOutput) -> None:
-        if output.finish_reason is not None:
-            self._live.discard(output.request_id)
-        if output.finish_reason in ("error", "abort"):
-            self._fail(EngineError(output.error or "the engine gave up on the request"))
-            return
-        self._queue.append(output)
-        self._queued_tokens += len(output.token_ids)
-        if self._queued_tokens > self._max_queued_tokens and self._live:
-            self._fail(
-                OverloadedError(
-                    f"{self._queued_tokens} tokens wait to be read; the request was stopped, at most "
-                    f"{self._max_queued_tokens} may wait"
-                ),
-                drop_queue=True,
-            )
-            return
-        self._wake()
-
-    def _fail(self, error: LeanServeError, *, drop_queue: bool = False) -> None:
-        if self._error is not None:
-            return
-        for request_id in self._live:
-            self._client._abort(request_id)  # pyright: ignore[reportPrivateUsage]
-        self._live.clear()
-        if drop_queue:
-            self._queue.clear()
-            self._queued_tokens = 0
-        self._error = error
-        self._wake()
 
 
 class EngineClient:
@@ -200,11 +87,13 @@ class EngineClient:
 
     Args:
         address: where to bind, `ipc://...`.
+        config: given to an engine that asks for it with Hello, which every rank process does first.
         max_queued_tokens: tokens that may wait unread in one stream before its requests are stopped.
     """
 
-    def __init__(self, address: str, *, max_queued_tokens: int = 1024) -> None:
+    def __init__(self, address: str, config: EngineConfig | None = None, *, max_queued_tokens: int = 1024) -> None:
         self.address = address
+        self._config = config
         self.state: EngineState = "loading"
         self.info: EngineInfo | None = None
         """Known once the engine has been ready."""
@@ -218,6 +107,8 @@ class EngineClient:
         self._heard_at = time.monotonic()
         self._connections: set[int] = set()
         self._settled = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._is_ending = False
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -258,6 +149,11 @@ class EngineClient:
             raise EngineError(self.failure or "the engine failed")
         return self.info
 
+    async def wait_failed(self) -> str:
+        """Wait until the engine fails; returns why."""
+        await self._failed.wait()
+        return self.failure or "the engine failed"
+
     async def generate(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, request_id: str | None = None
     ) -> AsyncIterator[TokenOutput]:
@@ -280,7 +176,7 @@ class EngineClient:
             stream.abort()
 
     def open_stream(self) -> OutputStream:
-        return OutputStream(self, self._max_queued_tokens)
+        return OutputStream(self._submit, self._abort, self._max_queued_tokens)
 
     @property
     def live_requests(self) -> int:
@@ -298,14 +194,16 @@ class EngineClient:
             self.state, self.failure = "failed", message
         self._end(list(self._live.values()), message)
         self._settled.set()
+        self._failed.set()
 
     def end_all(self, message: str) -> None:
         """End every live request with an EngineError and tell the engine to stop them."""
         for stream in {request.stream for request in self._live.values()}:
-            stream._fail(EngineError(message))  # pyright: ignore[reportPrivateUsage]
+            stream.fail(EngineError(message))
 
     def shut_down_engine(self) -> None:
         """Ask the engine to end every rank; nothing happens when none is connected."""
+        self._is_ending = True
         self._send(Shutdown())
 
     def check_ready(self) -> None:
@@ -330,12 +228,11 @@ class EngineClient:
             self._send(Abort(request_id))
 
     def _end(self, requests: list[LiveRequest], message: str) -> None:
-        for request in requests:
-            if self._live.pop(request.request_id, None) is not None:
-                request.stream._live.discard(request.request_id)  # pyright: ignore[reportPrivateUsage]
-                request.stream._fail(EngineError(f"the engine stopped: {_first_line(message)}"))  # pyright: ignore[reportPrivateUsage]
+        ended = [request for request in requests if self._live.pop(request.request_id, None) is not None]
+        for stream in {request.stream for request in ended}:
+            stream.fail(EngineError(f"the engine stopped: {_first_line(message)}"))
 
-    def _send(self, message: Submit | Abort | Shutdown) -> bool:
+    def _send(self, message: ToEngine) -> bool:
         """Send without waiting; False when no engine is connected."""
         if self._socket is None:
             return False
@@ -357,9 +254,13 @@ class EngineClient:
             match message:
                 case TokenOutputs():
                     self._deliver(message)
+                case Hello():
+                    if self._config is not None:
+                        self._send(Configure(self._config, os.getpid()))
                 case Loading():
                     self.state, self.loading, self.failure = "loading", message, None
                     self._settled.clear()
+                    self._failed.clear()
                 case EngineReady():
                     self.state, self.info, self.loading, self.failure = "ready", message.info, None, None
                     self._settled.set()
@@ -378,7 +279,7 @@ class EngineClient:
             request.output_token_ids.extend(output.token_ids)
             if output.finish_reason is not None:
                 del self._live[output.request_id]
-            request.stream._put(output)  # pyright: ignore[reportPrivateUsage]
+            request.stream.put(output)
 
     async def _watch_connection(self, monitor: zmq.asyncio.Socket) -> None:
         while True:
@@ -390,7 +291,8 @@ class EngineClient:
             orphans = list(self._live.values())
             await asyncio.sleep(_LAST_WORDS_S)
             if not self._connections and self.state != "failed":
-                logger.error("the engine's connection closed")
+                if not self._is_ending:
+                    logger.error("the engine's connection closed")
                 self.fail("its connection closed")
             else:
                 self._end(orphans, "its connection closed")

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from leanserve import __version__
 from leanserve.contracts.errors import EngineError, RequestError
 from leanserve.server.completions import Completion, Piece
-from leanserve.server.engine_client import OutputStream
+from leanserve.server.output_stream import OutputStream
 from leanserve.server.protocol import CompletionRequest, ErrorBody
 from leanserve.server.serving import Serving
 from leanserve.server.sse import EventStream, completion_events

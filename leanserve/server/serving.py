@@ -98,7 +98,7 @@ class Serving:
             )
         if sampling.stop and self.tokenizer is None:
             raise RequestError(
-                "this model has no tokenizer, so stop strings cannot be found; use stop_token_ids",
+                "stop strings need text, and this model has no tokenizer; use stop_token_ids",
                 param="stop",
                 code="no_tokenizer",
             )

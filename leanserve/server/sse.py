@@ -9,9 +9,9 @@ from starlette.types import Receive, Scope, Send
 
 from leanserve.contracts.errors import LeanServeError
 from leanserve.server.completions import Completion
-from leanserve.server.engine_client import OutputStream
 from leanserve.server.errors import error_reply
 from leanserve.server.logs import log_internal_error
+from leanserve.server.output_stream import OutputStream
 
 __all__ = ["EventStream", "completion_events"]
 

@@ -10,12 +10,12 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server.live_server import Live, live_server, run
-from server.small_tokenizers import byte_level
 
 from leanserve.contracts.errors import RequestError
 from leanserve.server.protocol import CompletionRequest
 from leanserve.server.tokenizer import Tokenizer
+from server.front_end import Live, live_server, run
+from server.small_tokenizers import byte_level
 
 TOKENIZER = Tokenizer(byte_level())
 OK = b'"prompt": [5], "max_tokens": 1'

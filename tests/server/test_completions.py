@@ -5,13 +5,13 @@ from pathlib import Path
 
 import openai
 import pytest
-from server.echo_engine import engine_info
-from server.live_server import live_server, run
-from server.small_tokenizers import byte_fallback, byte_level, save
 
 from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.tokenizer import Tokenizer
+from server.echo_engine import engine_info
+from server.front_end import live_server, run
+from server.small_tokenizers import byte_fallback, byte_level, save
 
 TOKENIZER = Tokenizer(byte_level())
 

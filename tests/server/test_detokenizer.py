@@ -6,10 +6,10 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from server.small_tokenizers import SAMPLES, byte_fallback, byte_level
 
 from leanserve.server.detokenizer import TextStream
 from leanserve.server.tokenizer import Tokenizer
+from server.small_tokenizers import SAMPLES, byte_fallback, byte_level
 
 TOKENIZERS = {"byte_level": Tokenizer(byte_level()), "byte_fallback": Tokenizer(byte_fallback())}
 

@@ -4,12 +4,12 @@ import asyncio
 from array import array
 
 import pytest
-from server.live_server import connected, run
 
 from leanserve.contracts.errors import EngineError, OverloadedError
 from leanserve.contracts.messages import TokenOutput
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.engine_client import EngineClient, token_bytes
+from server.front_end import connected, run
 
 ENDLESS = SamplingParams(max_tokens=1_000_000)
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import httpx
 import pytest
-from server.echo_engine import engine_info
-from server.live_server import Live, live_server, parse_events, run
-from server.small_tokenizers import byte_level
 
 from leanserve import __version__
 from leanserve.contracts.errors import ConfigError
 from leanserve.server.http_server import bind_socket
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
+from server.echo_engine import engine_info
+from server.front_end import Live, live_server, parse_events, run
+from server.small_tokenizers import byte_level
 
 ENDLESS: dict[str, Any] = {"prompt": [5, 6], "max_tokens": 4000, "stream": True}
 
@@ -427,7 +427,7 @@ def test_a_live_front_end_has_no_torch() -> None:
     script = """
 import asyncio, sys
 from server.echo_engine import engine_info
-from server.live_server import live_server
+from server.front_end import live_server
 from server.small_tokenizers import byte_level
 from leanserve.server.tokenizer import Tokenizer
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from server.small_tokenizers import SAMPLES, byte_fallback, byte_level, save
 
 from leanserve.contracts.errors import CheckpointError
 from leanserve.server.tokenizer import Tokenizer
+from server.small_tokenizers import SAMPLES, byte_fallback, byte_level, save
 
 CONFIGS: dict[str, dict[str, object]] = {
     "plain": {"bos_token": "<s>", "eos_token": "</s>"},

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from server.echo_engine import EchoEngine
 
 from leanserve.server.app import create_app
 from leanserve.server.engine_client import EngineClient
@@ -18,6 +17,7 @@ from leanserve.server.http_server import bind_socket, serve_http
 from leanserve.server.serving import Serving
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
+from server.echo_engine import EchoEngine
 
 
 @dataclass

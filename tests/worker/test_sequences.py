@@ -1,0 +1,91 @@
+"""What a rank remembers: tokens, pages, and which of a sequence's positions it holds."""
+
+import numpy as np
+import pytest
+import torch
+
+from leanserve.contracts.batch import NewSequence, Row
+from leanserve.contracts.errors import EngineError
+from leanserve.contracts.kv_sharding import PageGrant
+from leanserve.contracts.sampling import SamplingParams
+from leanserve.worker.inputs import build_inputs
+from leanserve.worker.sequences import LiveSequences
+
+T = 4
+
+
+def started(sequence_id: int, tokens: list[int]) -> NewSequence:
+    return NewSequence(sequence_id, np.array(tokens, np.int32).tobytes(), len(tokens), SamplingParams(), 0)
+
+
+def test_pages_are_kept_by_their_owner_only():
+    """Seven tokens over three ranks, two pages: rank 2 owns nothing, which is the ordinary case."""
+    held = {}
+    for rank in range(3):
+        live = LiveSequences(rank, T)
+        live.apply([], [started(9, list(range(7)))], [PageGrant(9, 0, 1, 5), PageGrant(9, 1, 0, 8)])
+        sequence = live[9]
+        held[rank] = (sequence.tokens_here(7, T), sequence.page_at(np.arange(7), T).tolist())
+    assert held == {
+        0: (3, [-1, -1, -1, -1, 8, 8, 8]),
+        1: (4, [5, 5, 5, 5, -1, -1, -1]),
+        2: (0, [-1] * 7),
+    }
+
+
+def test_tokens_grow_one_by_one():
+    live = LiveSequences(0, T)
+    live.apply([], [started(1, [3])], [])
+    for token in range(100):
+        live[1].append_token(token)
+    assert live[1].tokens[:101].tolist() == [3, *range(100)]
+    assert live[1].num_tokens == 101
+
+
+def test_a_dropped_sequence_is_forgotten_and_naming_it_is_an_error():
+    live = LiveSequences(0, T)
+    live.apply([], [started(1, [3])], [])
+    live.apply([1], [], [])
+    assert len(live) == 0
+    with pytest.raises(EngineError, match="sequence 1, which rank 0 does not hold"):
+        live[1]
+
+
+def test_a_sequence_may_start_again_in_the_step_that_drops_it():
+    live = LiveSequences(0, T)
+    live.apply([], [started(1, [3])], [PageGrant(1, 0, 0, 4)])
+    live.apply([1], [started(1, [3, 5])], [PageGrant(1, 0, 0, 6)])
+    assert live[1].num_tokens == 2
+    assert live[1].pages[:1].tolist() == [6]
+
+
+def test_a_step_is_laid_out_decode_rows_first():
+    live = LiveSequences(0, T)
+    live.apply(
+        [],
+        [started(1, [10, 11, 12, 13, 14]), started(2, [20, 21, 22])],
+        [PageGrant(1, 0, 0, 7), PageGrant(1, 1, 0, 3), PageGrant(2, 0, 0, 1)],
+    )
+    inputs = build_inputs([Row(1, 4, 1, True), Row(2, 0, 2, False)], live, T, torch.device("cpu"))
+    assert inputs.tokens_N.tolist() == [14, 20, 21]
+    assert inputs.prompt_lengths_N.tolist() == [5, 3, 3]
+    assert inputs.sampling_rows.tolist() == [0]
+    assert inputs.sampled_ids == [1]
+    layout = inputs.layout
+    assert layout.positions_N.tolist() == [4, 0, 1]
+    assert layout.pages_N.tolist() == [3, 1, 1]
+    assert layout.slots_N.tolist() == [0, 0, 1]
+    assert layout.decode.page_table_BM.tolist() == [[7, 3]]
+    assert layout.decode.page_positions_BM.tolist() == [[0, 4]]
+    assert layout.decode.lengths_B.tolist() == [5]
+    assert layout.prefill.lengths_B.tolist() == [2]
+    assert layout.prefill_offsets.tolist() == [0, 2]
+
+
+def test_the_last_chunk_of_one_token_behind_a_prefill_stays_a_prefill_row():
+    live = LiveSequences(0, T)
+    live.apply([], [started(1, [1, 2]), started(2, [3])], [PageGrant(1, 0, 0, 0), PageGrant(2, 0, 0, 1)])
+    inputs = build_inputs([Row(1, 0, 2, True), Row(2, 0, 1, True)], live, T, torch.device("cpu"))
+    assert inputs.layout.decode.num_sequences == 0
+    assert inputs.layout.prefill_offsets.tolist() == [0, 2, 3]
+    assert inputs.sampling_rows.tolist() == [1, 2]
