@@ -3,6 +3,7 @@
 JSON is read by pydantic itself, which also refuses lone surrogates, deep nesting and numbers of thousands of digits.
 """
 
+import json
 from typing import Annotated, Any
 
 import pydantic
@@ -12,7 +13,7 @@ from leanserve.contracts.errors import RequestError
 from leanserve.contracts.sampling import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from leanserve.server.errors import validation_error
 
-__all__ = ["CompletionRequest", "StreamOptions"]
+__all__ = ["CompletionRequest", "ErrorBody", "StreamOptions"]
 
 _MAX_STOP_CHARS = 256
 _INT32_MAX = 2**31 - 1
@@ -64,6 +65,23 @@ _NOT_HONOURED: dict[str, tuple[object, ...]] = {
 
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field at fault."""
+    code: str | None
+    """A stable short word."""
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail
 
 
 class StreamOptions(_Body):
@@ -145,6 +163,16 @@ class CompletionRequest(_Body):
                 code="invalid_value",
             )
         return request
+
+    @classmethod
+    def openapi(cls) -> dict[str, Any]:
+        """The request body as OpenAPI writes it, without references."""
+        schema = cls.model_json_schema()
+        definitions = schema.pop("$defs")
+        text = json.dumps(schema)
+        for name, definition in definitions.items():
+            text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(definition))
+        return {"required": True, "content": {"application/json": {"schema": json.loads(text)}}}
 
     @property
     def unknown_fields(self) -> int:

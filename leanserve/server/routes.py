@@ -12,9 +12,8 @@ from starlette.responses import Response
 from leanserve import __version__
 from leanserve.contracts.errors import EngineError, RequestError
 from leanserve.server.completions import Completion, Piece
-from leanserve.server.engine_client import OutputStream
-from leanserve.server.errors import error_reply
-from leanserve.server.protocol import CompletionRequest
+from leanserve.server.output_stream import OutputStream
+from leanserve.server.protocol import CompletionRequest, ErrorBody
 from leanserve.server.serving import Serving
 from leanserve.server.sse import EventStream, completion_events
 
@@ -25,23 +24,30 @@ _T = TypeVar("_T")
 
 def build_router(serving: Serving) -> APIRouter:
     """All routes of one model."""
-    router = APIRouter()
+    router = APIRouter(
+        responses={
+            "4XX": {"model": ErrorBody, "description": "The request is wrong."},
+            "5XX": {"model": ErrorBody, "description": "The server cannot answer, now or at all."},
+        }
+    )
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", openapi_extra={"requestBody": CompletionRequest.openapi()})
     async def completions(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         body = CompletionRequest.parse(await _json_body(request))
         serving.counts["unknown_fields"] += body.unknown_fields
         serving.check_model(body.model)
         sampling = body.sampling()
-        info = serving.admit()
+        info = serving.admit(1)
         prompts = await serving.prepare(body, sampling, info)
+        serving.admit(len(prompts))  # again: tokenizing a long text takes a while
         completion = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
         outputs = serving.client.open_stream()
         try:
             for prompt, request_id in zip(prompts, completion.choices, strict=True):
                 outputs.submit(request_id, prompt.token_ids, sampling)
             if body.stream:
-                return EventStream(completion_events(completion, outputs, serving.settings.keep_alive_s), outputs)
+                events = completion_events(completion, outputs, serving.settings.keep_alive_s)
+                return EventStream(events, outputs, serving.counts)
             return _json(await _unless_disconnected(request, _collect(completion, outputs)))
         except BaseException:
             outputs.abort()
@@ -60,9 +66,9 @@ def build_router(serving: Serving) -> APIRouter:
     async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
         client = serving.client
         if client.state == "failed":
-            return error_reply(EngineError(f"the engine is not running: {client.failure}")).response()
+            client.check_ready()
         if client.silent_s > serving.settings.stall_after_s:
-            return error_reply(EngineError(f"the engine has made no progress for {client.silent_s:.0f} s")).response()
+            raise EngineError(f"the engine has made no progress for {client.silent_s:.0f} s")
         return _json(
             {
                 "status": "ok",

@@ -56,17 +56,18 @@ class Serving:
             raise OverloadedError("the server is shutting down; try another, or later", retry_after_s=5)
         self.client.check_ready()
 
-    def admit(self) -> EngineInfo:
-        """The engine's facts, if a request may come in now.
+    def admit(self, num_prompts: int) -> EngineInfo:
+        """The engine's facts, if so many prompts may come in now.
 
         Raises:
             OverloadedError: the server is loading, draining or full.
             EngineError: the engine is gone.
         """
         self.check_serving()
-        if self.client.live_requests >= self.settings.max_live_requests:
+        if self.client.live_requests + num_prompts > self.settings.max_live_requests:
             raise OverloadedError(
-                f"{self.client.live_requests} requests are waiting or running, the limit; try again soon"
+                f"{self.client.live_requests} prompts are waiting or running and {num_prompts} more came; "
+                f"the limit is {self.settings.max_live_requests}, try again soon"
             )
         assert self.client.info is not None
         return self.client.info
