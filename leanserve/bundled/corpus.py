@@ -242,13 +242,12 @@ class Writer:
         return _capital(f"{self._fill(self.rng.choice(LEADS[self.style]))}{fact.clause} {fact.value}.")
 
     def _new(self, draw: Callable[[], Fact]) -> Fact:
-        # Every pool is far larger than a document's facts on one subject; the bound only turns a mistake into an error.
         for _ in range(10_000):
             fact = draw()
             if fact.key not in self._keys:
                 self._keys.add(fact.key)
                 return fact
-        raise RuntimeError(f"no subject is left for another fact; this document tells {len(self._keys)} already")
+        raise ValueError(f"no subject is left for another such fact; the document tells {len(self._keys)} already")
 
     def _fill(self, template: str) -> str:
         pieces = template.split("{")

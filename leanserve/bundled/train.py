@@ -45,11 +45,11 @@ STAGES = (
         30,
         2e-3,
         (
-            Level(192, 24, (0.0, 0.0), 0.66, updates=0.0),
-            Level(256, 24, (0.0, 0.3), 0.5),
-            Level(384, 16, (0.2, 0.7), 0.45, dilution=4, jumps=1),
-            Level(512, 12, (0.2, 0.9), 0.4, dilution=16, jumps=2),
-            Level(1024, 8, (0.2, 0.95), 0.4, dilution=32, jumps=3),
+            Level(192, 12, (0.0, 0.0), 0.66, updates=0.0),
+            Level(256, 12, (0.0, 0.3), 0.5),
+            Level(384, 8, (0.2, 0.7), 0.45, dilution=4, jumps=1),
+            Level(512, 8, (0.2, 0.9), 0.4, dilution=16, jumps=2),
+            Level(1024, 6, (0.2, 0.95), 0.4, dilution=32, jumps=3),
         ),
     ),
     Stage(
@@ -64,7 +64,9 @@ STAGES = (
 )
 PROMOTION = 0.95
 """Share of right answer tokens, averaged over recent steps, at which a level is left."""
-WARM_UP_STEPS = 100
+WARM_UP_STEPS = 50
+MUON_FACTOR = 3.0
+"""Muon's learning rate over AdamW's."""
 DECAY_FROM = 0.6
 """Share of a stage's time after which the learning rate falls linearly to zero."""
 VALIDATE_EVERY_S = 120
@@ -100,8 +102,10 @@ class Trainer:
         self.held_out = Batches(tokenizer, f"validation/{seed}")
         matrices = [p for name, p in self.network.named_parameters() if p.dim() == 2 and "embed" not in name]
         others = [p for name, p in self.network.named_parameters() if p.dim() != 2 or "embed" in name]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        # Muon finds retrieval in half the steps of AdamW; it is made for matrices between hidden states only.
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
         )
         self.step = self.stage = self.level = 0
         self.stage_seconds = self.total_seconds = 0.0
@@ -111,15 +115,17 @@ class Trainer:
 
     def train_step(self, level: Level, learning_rate: float) -> float:
         """One optimizer step; returns the loss."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for optimizer, factor in zip(self.optimizers, (MUON_FACTOR, 1.0), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * learning_rate
         batch = self.batches.batch(level, self.step, self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
             loss, right = loss_of(self.network, batch)
-        self.optimizer.zero_grad()
+        self.network.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.accuracy += 0.05 * (right.item() - self.accuracy)
         self.step += 1
         return loss.item()
@@ -179,7 +185,8 @@ class Trainer:
     _PROGRESS = ("step", "stage", "level", "stage_seconds", "total_seconds", "accuracy")
 
     def _remember(self) -> None:
-        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, object] = {"network": self.network.state_dict()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         state |= {name: getattr(self, name) for name in self._PROGRESS}
         torch.save(state, self.out / "state.partial")
         (self.out / "state.partial").replace(self.out / "state.pt")
@@ -187,7 +194,8 @@ class Trainer:
     def _restore(self) -> None:
         state = torch.load(self.out / "state.pt", map_location=self.device, weights_only=True)
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, remembered in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(remembered)
         for name in self._PROGRESS:
             setattr(self, name, state[name])
 

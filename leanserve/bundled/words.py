@@ -116,7 +116,7 @@ FILLER: dict[str, list[str]] = {
         "The glass fell and the {wind} grew stronger.",
         "Fog hid the coast {time}, and we rang for the {ship}.",
         "{first} reported that the {part} is {fault} again.",
-        "We dropped anchor near a {sky} beach and filled every barrel with {drink}.",
+        "We landed on a {sky} beach and filled every barrel with {drink}.",
         "{first} caught {few} fish {time} and shared them with the others.",
         "The current carried us {direction} faster than anyone expected.",
         "Lightning struck close to the {part}, yet nobody was hurt.",
@@ -125,6 +125,8 @@ FILLER: dict[str, list[str]] = {
         "The stars were visible {time}, and {first} practised navigation.",
         "A stranger on the {ship} shouted something we could not understand.",
         "Waves broke over the {part} until the {wind} finally eased.",
+        "An albatross followed us for {few} hundred miles.",
+        "{first} steered between two dangerous reefs {time}.",
         "The carpenter promised to finish {task} before Sunday.",
     ],
     "inventory": [
@@ -157,6 +159,8 @@ FILLER: dict[str, list[str]] = {
         "Customs officers inspected the {room} {time} without complaint.",
         "The scales in the {room} are accurate again.",
         "{few} bundles arrived wet because the {part} was {fault}.",
+        "Tools lent to the {ship} have not been returned.",
+        "Damaged goods were sold cheaply at auction.",
         "A receipt for the {meal} is pinned to the {room} door.",
     ],
     "diary": [
@@ -191,6 +195,8 @@ FILLER: dict[str, list[str]] = {
         "I bought {few} oranges at the market and gave one to {first}.",
         "My shoes are still wet from yesterday.",
         "{first} wore a beautiful coat and looked rather {mood}.",
+        "The doctor recommends fresh air and long walks.",
+        "Grandfather showed {first} how to repair the {part}.",
         "Children were playing beside the {room} {time}.",
     ],
 }
