@@ -65,7 +65,7 @@ STAGES = (
 PROMOTION = 0.95
 """Share of right answer tokens, averaged over recent steps, at which a level is left."""
 WARM_UP_STEPS = 50
-MUON_FACTOR = 3.0
+MUON_FACTOR = 1.0
 """Muon's learning rate over AdamW's."""
 DECAY_FROM = 0.6
 """Share of a stage's time after which the learning rate falls linearly to zero."""
