@@ -122,7 +122,9 @@ class Batches:
             add(".<|end|>", REPLY)
         return ids[: level.tokens], kinds[: level.tokens]
 
-    def _body(self, level: Level, rng: random.Random, add: Callable[[str, int], None], written: Callable[[], int]) -> list[Fact]:
+    def _body(
+        self, level: Level, rng: random.Random, add: Callable[[str, int], None], written: Callable[[], int]
+    ) -> list[Fact]:
         """Writes the body; returns the facts that hold at its end."""
         writer = Writer(rng, rng.choice(STYLES))
         share = rng.uniform(*level.filler)

@@ -29,7 +29,6 @@ from leanserve.bundled.words import (
     MONTHS,
     OBJECTS,
     PORTS,
-    SHIPS,
     SLOTS,
 )
 
@@ -208,9 +207,8 @@ class Writer:
         """A fact about something new to this document."""
         name = self.rng.choice(list(RELATIONS))
         relation = RELATIONS[name]
-        return self._new(
-            lambda: Fact(name, self.rng.choice(relation.heads), self.rng.choice(relation.tails), relation.value(self.rng))
-        )
+        choose = self.rng.choice
+        return self._new(lambda: Fact(name, choose(relation.heads), choose(relation.tails), relation.value(self.rng)))
 
     def distractor(self, fact: Fact) -> Fact:
         """A fact that shares all but one word of `fact`'s subject, or tells something else of the same thing."""
@@ -313,7 +311,10 @@ def make_haystack(
     updated: bool = False,
     ending: Callable[[tuple[Fact, ...]], str] = lambda facts: "",
 ) -> Haystack:
-    """A document of exactly `tokens` tokens with a fact at each of `depths`; `ending` is part of it, the rest as above."""
+    """A document of exactly `tokens` tokens, with a fact at each of `depths`; the rest is as in `make_prompt`.
+
+    ending: writes the document's last piece, which must start at a newline or a space; its tokens count.
+    """
     if outside := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ValueError(f"depth is {outside[0]}; it must be between 0 (first sentence) and 1 (last sentence)")
     if distractors < 0:

@@ -123,7 +123,9 @@ def held_out_perplexity(network: Network, tokenizer: Tokenizer, documents: int =
     return math.exp(torch.stack(losses).mean().item())
 
 
-def sample(network: Network, tokenizer: Tokenizer, samples: int, tokens: int = 64, temperature: float = 0.7) -> list[str]:
+def sample(
+    network: Network, tokenizer: Tokenizer, samples: int, tokens: int = 64, temperature: float = 0.7
+) -> list[str]:
     """Free completions of a header and a date or entry number."""
     texts = []
     for i in range(samples):
@@ -172,7 +174,8 @@ def main() -> None:
         "facts_per_document": len(DEPTHS),
         "depths": DEPTHS,
         "accuracy": {
-            name: {tokens: round(sum(row) / len(row), 4) for tokens, row in table.items()} for name, table in tables.items()
+            name: {tokens: round(sum(row) / len(row), 4) for tokens, row in table.items()}
+            for name, table in tables.items()
         },
         "accuracy_by_depth": tables,
         "perplexity": round(held_out_perplexity(network, tokenizer), 3),

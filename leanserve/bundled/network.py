@@ -151,6 +151,8 @@ class Body(nn.Module):
 
 
 class Network(nn.Module):
+    inv_freq: Tensor
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
@@ -167,8 +169,7 @@ class Network(nn.Module):
         mask: added to attention's logits, broadcast to [B, H, L, S]; None is causal, and then `past` must be None.
         """
         assert mask is not None or past is None
-        frequencies: Tensor = self.get_buffer("inv_freq")
-        angle_BLD = (positions_BL[..., None] * frequencies).repeat(1, 1, 2)
+        angle_BLD = (positions_BL[..., None] * self.inv_freq).repeat(1, 1, 2)
         x_BLW = self.model.embed_tokens(ids_BL)
         cache: KVCache = []
         for i, layer in enumerate(self.model.layers):
@@ -187,16 +188,18 @@ class Network(nn.Module):
         From plain random weights the first right answers come tens of minutes later on a CPU. So:
 
         - Each head of a rope layer attends to one distance: its own number, from 1. (All embeddings share a direction,
-          which V does not see; queries and keys read it into a phase of the fast rotations.) The tokens that it brings lie
-          in a block of the residual stream of their own, one block per distance.
-        - In the layer above, the first query head of each group finds the token *after* whatever preceded the present one:
-          its queries are the keys with every block moved on by one distance. It copies: the output inverts the values.
+          which V does not see; queries and keys read it into a phase of the fast rotations.) The tokens that it brings
+          lie in a block of the residual stream of their own, one block per distance.
+        - In the layer above, the first query head of each group finds the token *after* an earlier copy of the present
+          context: its queries are the keys with every block moved on by one distance. It copies: the output inverts
+          the values.
         """
         shape = self.shape
         width, D = shape.hidden_size, shape.head_dim
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=width**-0.5 * (0.1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1))
+                outward = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=width**-0.5 * (0.1 if outward else 1))
         shared_W = F.normalize(torch.randn(width), dim=0)
         embedding_size = 0.1 * width**0.5
         nn.init.normal_(self.model.embed_tokens.weight, std=0.1).add_(embedding_size * shared_W)

@@ -2,9 +2,9 @@
 
     python -m leanserve.bundled.train --out runs/bundled
 
-A stage climbs levels: documents grow longer and sparser once answers are right often enough. Its last level uses up the
-stage's time while the learning rate falls to zero; then the checkpoint is written to OUT/<stage>. An interrupted run goes
-on where it was. Needs torch only; uses a GPU where there is one.
+A stage climbs levels: documents grow longer and sparser once answers are right often enough. The learning rate falls to
+zero over the last part of the stage's time; then the checkpoint is written to OUT/<stage>. An interrupted run goes on
+where it was. Uses a GPU where there is one.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class Stage:
 STAGES = (
     Stage(
         "short",
-        30,
+        15,
         2e-3,
         (
             Level(192, 12, (0.0, 0.0), 0.66, updates=0.0),
@@ -62,7 +62,7 @@ STAGES = (
         ),
     ),
 )
-PROMOTION = 0.95
+PROMOTION = 0.92
 """Share of right answer tokens, averaged over recent steps, at which a level is left."""
 WARM_UP_STEPS = 50
 MUON_FACTOR = 1.0
@@ -75,7 +75,7 @@ VALIDATE_EVERY_S = 120
 def loss_of(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
     """The training loss, and the share of answer tokens that greedy decoding would get right.
 
-    Answer values weigh twice as much as everything else together: they are a twentieth of the text, and all of the task.
+    Answer values weigh twice as much as all the rest: they are a twentieth of the text, and the whole task.
     Of the body one token in four is scored: the vocabulary is the dearest matrix.
     """
     hidden, _ = network(batch.ids_BL, batch.positions_BL, batch.mask_B1LL)
@@ -133,9 +133,8 @@ class Trainer:
     @torch.no_grad()
     def validate(self, level: Level, batches: int = 2) -> float:
         """Accuracy of answer tokens on documents that are never trained on."""
-        return sum(
-            loss_of(self.network, self.held_out.batch(level, i, self.device))[1].item() for i in range(batches)
-        ) / batches
+        shares = [loss_of(self.network, self.held_out.batch(level, i, self.device))[1] for i in range(batches)]
+        return torch.stack(shares).mean().item()
 
     def run(self, stages: tuple[Stage, ...] = STAGES) -> None:
         """Trains until the last stage is over."""
@@ -143,8 +142,12 @@ class Trainer:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             while self.stage < len(stages):
                 stage = stages[self.stage]
-                bar = progress.add_task(stage.name, total=stage.minutes * 60, completed=self.stage_seconds)
-                self._run_stage(stage, lambda text, bar=bar: progress.update(bar, description=text, completed=self.stage_seconds))
+                bar = progress.add_task(stage.name, total=stage.minutes * 60, completed=round(self.stage_seconds))
+
+                def report(text: str, bar: TaskID = bar) -> None:
+                    progress.update(bar, description=text, completed=round(self.stage_seconds))
+
+                self._run_stage(stage, report)
                 directory = self.out / stage.name
                 save(self.network, directory)
                 for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -167,7 +170,8 @@ class Trainer:
             loss = self.train_step(level, rate * min(1.0, (1 - over) / (1 - DECAY_FROM)))
             if self.step % 20 == 0:
                 self._log(stage, loss=loss)
-            report(f"{stage.name}, {level.tokens} tokens: step {self.step}, loss {loss:.2f}, answers {self.accuracy:.0%}")
+            where = f"{stage.name}, {level.tokens} tokens, step {self.step}"
+            report(f"{where}: loss {loss:.2f}, {self.accuracy:.0%} of answers right")
             if self.accuracy > PROMOTION and self.level + 1 < len(stage.levels):
                 self.level, self.accuracy, since_validation = self.level + 1, 0.0, math.inf
             seconds = time.monotonic() - started

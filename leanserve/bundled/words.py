@@ -1,7 +1,10 @@
+# ruff: noqa: SIM905
 """The words of the corpus. Things that facts speak of (MATERIALS, OBJECTS, LAST_NAMES, ...) never stand in filler.
 
 Every word is meant to become one token of the bundled tokenizer.
 """
+
+from collections.abc import Sequence
 
 __all__ = [
     "COLOURS",
@@ -47,7 +50,7 @@ SHIPS = "Heron Petrel Albatross Kestrel Marlin Tern Osprey Curlew".split()
 MONTHS = "January February March April May June July August September October November December".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
-SLOTS: dict[str, list[str]] = {
+SLOTS: dict[str, Sequence[str]] = {
     "first": FIRST_NAMES,
     "ship": SHIPS,
     "hour": [str(hour) for hour in range(1, 13)],
@@ -58,7 +61,9 @@ SLOTS: dict[str, list[str]] = {
     "sea": "calm rough smooth heavy choppy restless gentle".split(),
     "meal": "bread soup stew fish cheese porridge rice beans apples biscuits potatoes onions mutton pudding".split(),
     "drink": "tea water cider milk broth".split(),
-    "mood": "tired cheerful quiet hungry anxious hopeful proud restless content homesick grateful nervous lonely patient".split(),
+    "mood": (
+        "tired cheerful quiet hungry anxious hopeful proud restless content homesick grateful nervous lonely patient"
+    ).split(),
     "task": [
         "mending the sails",
         "scrubbing the deck",
@@ -90,7 +95,7 @@ SLOTS: dict[str, list[str]] = {
     "fault": "leaking creaking loose cracked damp worn frozen stuck".split(),
 }
 
-FILLER: dict[str, list[str]] = {
+FILLER: dict[str, Sequence[str]] = {
     "log": [
         "The {wind} came from the {direction} {time}.",
         "The sky was {sky} and the sea was {sea}.",
