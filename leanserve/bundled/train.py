@@ -54,11 +54,12 @@ STAGES = (
     ),
     Stage(
         "long",
-        60,
-        1e-3,
+        50,
+        1.5e-3,
         (
-            Level(2048, 4, (0.2, 0.97), 0.35, dilution=16, jumps=3),
-            Level(4096, 2, (0.2, 0.98), 0.3, dilution=8, jumps=3),
+            Level(512, 8, (0.2, 0.95), 0.45, updates=0.3, dilution=64, jumps=4),
+            Level(1024, 4, (0.2, 0.97), 0.4, updates=0.3, dilution=64, jumps=4),
+            Level(2048, 2, (0.2, 0.98), 0.4, updates=0.3, dilution=32, jumps=4),
         ),
     ),
 )
