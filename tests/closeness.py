@@ -13,10 +13,9 @@ TOLERANCE = {
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: torch.dtype | float) -> None:
-    """Fail unless every element is within `tolerance` and the RMS error within a third of it.
+    """Fail unless every element is within `tolerance` (a number, or a dtype of the table) and the RMS error within a third.
 
-    The tolerance is a number, or a dtype of the table. Infinities must agree in place and sign; a NaN on either side
-    fails.
+    Infinities must agree in place and sign; a NaN on either side fails.
     """
     limit = TOLERANCE[tolerance] if isinstance(tolerance, torch.dtype) else tolerance
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -28,9 +27,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: torch.dtype | floa
     if error.numel() == 0:
         return
     worst, rms = float(error.max()), float(error.square().mean().sqrt())
-    seen = (
+    assert worst <= limit and rms <= limit / 3, (
         f"max error {worst:.3g} (limit {limit:.3g}), RMS error {rms:.3g} (limit {limit / 3:.3g}) "
         f"over {error.numel()} elements of shape {tuple(actual.shape)}"
     )
-    assert worst <= limit, seen
-    assert rms <= limit / 3, seen
