@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from lean_attention import PagedKV
 from torch import Tensor
+
+from lean_attention import PagedKV
 
 UNLISTED = -(1 << 20)  # in a page table: an entry that nobody may read
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from closeness import TOLERANCE, assert_close
 
 NAN, INF = float("nan"), float("inf")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from closeness import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, SmolLM3ForCausalLM
 
+from closeness import assert_close
 from leanserve.bundled import bundled_model_dir, words
 from leanserve.bundled.corpus import make_prompt
 from leanserve.bundled.evaluate import sample

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from closeness import assert_close
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
+from closeness import assert_close
 from leanserve.bundled import bundled_model_dir
 from leanserve.bundled.batches import FARTHEST_TOKENS, NEAR_TOKENS, Batches, Level
 from leanserve.bundled.evaluate import Prompted

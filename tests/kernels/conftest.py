@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from lean_attention.backend import Backend, choose_backend
 
 

@@ -1,6 +1,7 @@
 """The operators inside torch.compile: one graph, no break."""
 
 import torch
+
 from closeness import assert_close
 from lean_attention import append_kv, lean_decode, lean_prefill, merge_states, plan_decode
 from paged_cache import page_out, random_contexts

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from closeness import assert_close
 from lean_attention import AttentionState, PagedKV, lean_decode, merge_states, plan_decode, reference
 from lean_attention import kv_tiles as kv_tiles_module

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from closeness import assert_close
 from lean_attention import PagedKV, append_kv
 from paged_cache import page_out, random_contexts

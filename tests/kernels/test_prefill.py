@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from closeness import assert_close
 from lean_attention import PagedKV, lean_prefill, merge_states, reference
 from lean_attention import portable as portable_module

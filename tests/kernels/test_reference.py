@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from closeness import assert_close
 from lean_attention import PagedKV, plan_decode, reference
 from paged_cache import page_out, random_contexts

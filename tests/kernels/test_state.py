@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from closeness import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from closeness import assert_close
 from lean_attention import AttentionState, PagedKV, lean_decode, merge_states, plan_decode, reference
 
 
