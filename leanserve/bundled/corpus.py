@@ -207,11 +207,8 @@ class Writer:
         """A fact about something new to this document."""
         name = self.rng.choice(list(RELATIONS))
         relation = RELATIONS[name]
-        return self._new(
-            lambda: Fact(
-                name, self.rng.choice(relation.heads), self.rng.choice(relation.tails), relation.value(self.rng)
-            )
-        )
+        choose = self.rng.choice
+        return self._new(lambda: Fact(name, choose(relation.heads), choose(relation.tails), relation.value(self.rng)))
 
     def distractor(self, fact: Fact) -> Fact:
         """A fact that shares all but one word of `fact`'s subject, or tells something else of the same thing."""
@@ -243,13 +240,12 @@ class Writer:
         return _capital(f"{self._fill(self.rng.choice(LEADS[self.style]))}{fact.clause} {fact.value}.")
 
     def _new(self, draw: Callable[[], Fact]) -> Fact:
-        # Every pool is far larger than a document's facts on one subject; the bound only turns a mistake into an error.
         for _ in range(10_000):
             fact = draw()
             if fact.key not in self._keys:
                 self._keys.add(fact.key)
                 return fact
-        raise RuntimeError(f"no subject is left for another fact; this document tells {len(self._keys)} already")
+        raise ValueError(f"no subject is left for another such fact; the document tells {len(self._keys)} already")
 
     def _fill(self, template: str) -> str:
         pieces = template.split("{")
@@ -315,7 +311,10 @@ def make_haystack(
     updated: bool = False,
     ending: Callable[[tuple[Fact, ...]], str] = lambda facts: "",
 ) -> Haystack:
-    """A document of exactly `tokens` tokens with a fact at each of `depths`; `ending` is part of it, the rest as above."""
+    """A document of exactly `tokens` tokens, with a fact at each of `depths`; the rest is as in `make_prompt`.
+
+    ending: writes the document's last piece, which must start at a newline or a space; its tokens count.
+    """
     if outside := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ValueError(f"depth is {outside[0]}; it must be between 0 (first sentence) and 1 (last sentence)")
     if distractors < 0:
