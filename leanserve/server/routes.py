@@ -13,8 +13,8 @@ from leanserve import __version__
 from leanserve.contracts.errors import EngineError, RequestError
 from leanserve.server.completions import Completion, Piece
 from leanserve.server.output_stream import OutputStream
-from leanserve.server.protocol import CompletionRequest, ErrorBody
-from leanserve.server.serving import Serving
+from leanserve.server.protocol import CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
+from leanserve.server.serving import Serving, check_token_ids
 from leanserve.server.sse import EventStream, completion_events
 
 __all__ = ["build_router"]
@@ -52,6 +52,24 @@ def build_router(serving: Serving) -> APIRouter:
         except BaseException:
             outputs.abort()
             raise
+
+    @router.post("/tokenize", openapi_extra={"requestBody": TokenizeRequest.openapi()})
+    async def tokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        body = TokenizeRequest.parse(await _json_body(request))
+        serving.check_model(body.model)
+        special = body.add_special_tokens is not False
+        token_ids = await asyncio.to_thread(serving.text_tokenizer().encode, body.prompt, add_special_tokens=special)
+        limit = serving.client.info.max_context_tokens if serving.client.info else None
+        return _json({"count": len(token_ids), "max_model_len": limit, "tokens": token_ids})
+
+    @router.post("/detokenize", openapi_extra={"requestBody": DetokenizeRequest.openapi()})
+    async def detokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        body = DetokenizeRequest.parse(await _json_body(request))
+        serving.check_model(body.model)
+        tokenizer = serving.text_tokenizer()
+        check_token_ids(body.tokens, tokenizer.vocab_size, "tokens")
+        text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
+        return _json({"prompt": text})
 
     @router.get("/v1/models")
     async def models() -> Response:  # pyright: ignore[reportUnusedFunction]

@@ -1,9 +1,11 @@
 """Whatever is wrong with a request: a 4xx in OpenAI's words, at once, and nobody else notices."""
 
 import asyncio
+import contextlib
 import json
 import string
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -14,10 +16,12 @@ from hypothesis import strategies as st
 from leanserve.contracts.errors import RequestError
 from leanserve.server.protocol import CompletionRequest
 from leanserve.server.tokenizer import Tokenizer
+from server.echo_engine import engine_info
 from server.front_end import Live, live_server, run
 from server.small_tokenizers import byte_level
 
 TOKENIZER = Tokenizer(byte_level())
+LONG = engine_info(max_context_tokens=1_000_000)
 OK = b'"prompt": [5], "max_tokens": 1'
 
 BAD_BODIES: dict[str, tuple[bytes, str | None]] = {
@@ -54,7 +58,7 @@ BAD_BODIES: dict[str, tuple[bytes, str | None]] = {
     "a number of 5000 digits": (b'{"prompt": [' + b"9" * 5000 + b"]}", None),
     "too many prompts": (b'{"prompt": [' + b"[5]," * 128 + b"[5]]}", "prompt"),
     "400,000 wrong ids": (b'{"prompt": [5' + b',"x"' * 400_000 + b"]}", "prompt"),
-    "too long": (b'{"prompt": [5], "max_tokens": 4096}', "prompt"),
+    "too long": (b'{"prompt": [5], "max_tokens": 1000000}', "prompt"),
     "max_tokens 0": (b'{"prompt": [5], "max_tokens": 0}', "max_tokens"),
     "max_tokens negative": (b'{"prompt": [5], "max_tokens": -1}', "max_tokens"),
     "max_tokens a string": (b'{"prompt": [5], "max_tokens": "3"}', "max_tokens"),
@@ -117,6 +121,34 @@ async def post(live: Live, body: bytes, content_type: str | None = "application/
     return await live.http.post("/v1/completions", content=body, headers=headers)
 
 
+@contextlib.asynccontextmanager
+async def undisturbed_stream(live: Live) -> AsyncIterator[None]:
+    """A stream runs meanwhile, and goes on after: each of its tokens is the right one."""
+    token_ids: list[int] = []
+
+    async def read() -> None:
+        body = {"prompt": [5, 6, 11], "max_tokens": 900_000, "stream": True, "return_token_ids": True}
+        async with live.http.stream("POST", "/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if line:
+                    token_ids.extend(json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"])
+
+    async def more_tokens() -> None:
+        seen = len(token_ids)
+        async with asyncio.timeout(5):
+            while len(token_ids) < seen + 10:
+                assert not reading.done(), reading
+                await asyncio.sleep(0.005)
+
+    reading = asyncio.create_task(read())
+    await more_tokens()
+    yield
+    await more_tokens()
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert token_ids == ([5, 6, 11] * len(token_ids))[: len(token_ids)]
+
+
 def checked_error(response: httpx.Response, status: int = 400) -> dict[str, Any]:
     assert response.status_code == status, response.text
     error = response.json()["error"]
@@ -128,22 +160,20 @@ def checked_error(response: httpx.Response, status: int = 400) -> dict[str, Any]
 
 def test_every_kind_of_bad_body_while_a_stream_runs() -> None:
     async def scenario() -> None:
-        async with live_server(TOKENIZER, step_s=0.001) as live:
-            running = asyncio.create_task(live.chunks(prompt=[5, 6, 11], max_tokens=3000, return_token_ids=True))
-            await asyncio.sleep(0.05)
-            for name, (body, param) in BAD_BODIES.items():
-                began = time.perf_counter()
-                error = checked_error(await post(live, body))
-                assert error["param"] == param, (name, error)
-                assert error["code"], name
-                assert time.perf_counter() - began < 1, name
-            for content_type in (None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"):
-                assert checked_error(await post(live, b"{" + OK + b"}", content_type))["code"] == "invalid_content_type"
-            assert checked_error(await post(live, b"{" + OK + b', "model": "gpt-4"}'), 404)["code"] == "model_not_found"
-            assert checked_error(await post(live, b"{" + OK + b', "model": "../../echo"}'), 404)["param"] == "model"
-            chunks = await running
-            token_ids = [token_id for chunk in chunks for token_id in chunk["choices"][0]["token_ids"]]
-            assert token_ids == [5, 6, 11] * 1000
+        async with live_server(TOKENIZER, step_s=0.001, info=LONG) as live:
+            async with undisturbed_stream(live):
+                for name, (body, param) in BAD_BODIES.items():
+                    began = time.perf_counter()
+                    error = checked_error(await post(live, body))
+                    assert error["param"] == param, (name, error)
+                    assert error["code"], name
+                    assert time.perf_counter() - began < 1, name
+                for wrong in (None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"):
+                    error = checked_error(await post(live, b"{" + OK + b"}", wrong))
+                    assert error["code"] == "invalid_content_type"
+                for model in (b"gpt-4", b"../../echo"):
+                    error = checked_error(await post(live, b"{" + OK + b', "model": "' + model + b'"}'), 404)
+                    assert (error["code"], error["param"]) == ("model_not_found", "model")
             assert len(live.engine.submits) == 1
             assert (await post(live, b"{" + OK + b"}", "application/json; charset=utf-8")).status_code == 200
 
@@ -186,8 +216,7 @@ def test_fuzzed_types_never_break_the_server() -> None:
     """Any JSON in any field: an answer or a 400, and a stream beside it that does not notice."""
 
     async def scenario() -> None:
-        async with live_server(TOKENIZER, step_s=0.0005) as live:
-            running = asyncio.create_task(live.chunks(prompt=[5, 6, 11], max_tokens=4000))
+        async with live_server(TOKENIZER, step_s=0.001, info=LONG) as live:
             loop = asyncio.get_running_loop()
 
             @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -202,8 +231,8 @@ def test_fuzzed_types_never_break_the_server() -> None:
                 if response.status_code != 200:
                     assert response.json()["error"]["message"]
 
-            await asyncio.to_thread(fuzz)
-            assert len(await running) == 4000
+            async with undisturbed_stream(live):
+                await asyncio.to_thread(fuzz)
             await live.quiet()
 
     run(scenario())

@@ -136,6 +136,21 @@ def test_a_stop_string_over_token_borders_ends_text_and_work(streamed: bool, tok
     run(scenario())
 
 
+@pytest.mark.parametrize("stop", ["zz", "z!"])
+def test_text_held_back_comes_with_the_last_token(stop: str) -> None:
+    async def scenario() -> None:
+        async with live_server(TOKENIZER) as live:
+            for text, max_tokens in (("abz", 3), ("a😀", len(TOKENIZER.encode("a😀")) - 1)):
+                body = {"prompt": text, "max_tokens": max_tokens, "stop": stop}
+                expected = TOKENIZER.decode(TOKENIZER.encode(text)[:max_tokens])
+                assert (await live.complete(**body)).json()["choices"][0]["text"] == expected
+                choices = [chunk["choices"][0] for chunk in await live.chunks(**body)]
+                assert "".join(choice["text"] for choice in choices) == expected
+                assert (choices[-1]["text"][-1], choices[-1]["finish_reason"]) == (expected[-1], "length")
+
+    run(scenario())
+
+
 def test_the_stop_string_may_stay() -> None:
     async def scenario() -> None:
         async with live_server(TOKENIZER) as live:
@@ -200,6 +215,37 @@ def test_special_tokens_around_text_can_be_left_out(tmp_path: Path) -> None:
                 await live.complete(prompt="The", add_special_tokens=add)
             lengths = [len(submit.prompt_token_ids) // 4 for submit in live.engine.submits]
             assert lengths[0] == lengths[1] == lengths[2] + 1
+
+    run(scenario())
+
+
+def test_tokenize_and_detokenize(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        tokenizer = Tokenizer.from_dir(save(byte_fallback(), tmp_path, {}))
+        assert tokenizer is not None
+        async with live_server(tokenizer) as live:
+            ids = tokenizer.encode("The cat sat")
+            answer = await live.http.post("/tokenize", json={"prompt": "The cat sat", "model": "echo"})
+            assert answer.json() == {"count": len(ids), "max_model_len": 4096, "tokens": ids}
+            answer = await live.http.post("/tokenize", json={"prompt": "The cat sat", "add_special_tokens": False})
+            assert answer.json()["tokens"] == ids[1:]
+            answer = await live.http.post("/detokenize", json={"tokens": ids})
+            assert answer.json() == {"prompt": "<s> The cat sat"}
+            for path, body in (
+                ("/tokenize", {"prompt": ["a"]}),
+                ("/tokenize", {"messages": []}),
+                ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}),
+                ("/detokenize", {"tokens": [10**6]}),
+                ("/detokenize", {"tokens": [10**30]}),
+                ("/detokenize", {"tokens": [-1]}),
+                ("/detokenize", {"tokens": [True]}),
+                ("/detokenize", {"tokens": "a"}),
+            ):
+                refused = await live.http.post(path, json=body)
+                assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error"), body
+        async with live_server(None) as live:
+            assert (await live.http.post("/tokenize", json={"prompt": "a"})).status_code == 400
+            assert (await live.http.post("/detokenize", json={"tokens": [5]})).status_code == 400
 
     run(scenario())
 
