@@ -47,9 +47,11 @@ def engine(
         str | None, typer.Option(metavar="DTYPE,...", help="Of weights and KV. Default: float32,bfloat16.")
     ] = None,
     ranks: Annotated[str, typer.Option(metavar="N,...", help="Rank counts of LeanServe.")] = "1,2",
-    all_prefills: Annotated[
-        bool, typer.Option("--all-prefills", help="Prefill the largest batches too: many minutes each.")
-    ] = False,
+    max_prefill_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", help="No time to first token where batch x context is more: it takes minutes each."),
+    ] = 8 * 4096,
+    all_prefills: Annotated[bool, typer.Option("--all-prefills", help="Time to first token everywhere.")] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Defaults become contexts 512,4096, batch 1, float32: about a minute.")
     ] = False,
@@ -64,8 +66,8 @@ def engine(
 
     A random Llama of 0.2B parameters (8 layers, hidden 1024, 16 query and 8 KV heads of 128) is made in a temporary
     directory. Every system has the same dtype and the same threads in all (the cores, or OMP_NUM_THREADS), and they
-    take turns at every cell of the grid. Decode is measured on caches filled with random numbers, so long contexts cost no prefill; time to first token
-    is a real prefill. The whole grid takes about half an hour on 2 cores.
+    take turns at every cell of the grid. Decode is measured on caches filled with random numbers, so long contexts
+    cost no prefill; time to first token is a real prefill. The whole grid takes about half an hour on 2 cores.
     """
     from leanserve.bench.engine import Grid, run_engine_bench
     from leanserve.bench.random_model import STANDARD, TINY
@@ -76,7 +78,7 @@ def engine(
         contexts=_numbers(contexts or ("512,4096" if quick else "512,4096,16384"), "--contexts", at_least=2),
         batches=_numbers(batches or ("1" if quick else "1,8"), "--batches"),
         ranks=_numbers(ranks, "--ranks"),
-        all_prefills=all_prefills,
+        max_prefill_tokens=None if all_prefills else max_prefill_tokens,
         model=TINY if tiny else STANDARD,
     )
     if out is not None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from leanserve.bench.leanserve_ranks import PAGE_TOKENS, run_rank
-from leanserve.bench.machine import describe_machine, load_average, read_bandwidth
+from leanserve.bench.machine import Machine, describe_machine, load_average, read_bandwidth
 from leanserve.bench.random_model import ModelShape, make_checkpoint
 from leanserve.bench.report import PEER, CellReport, EngineReport, Settings, SystemFigures
 from leanserve.bench.system import System
@@ -24,8 +24,8 @@ from leanserve.worker.memory import available_host_bytes
 
 __all__ = ["Grid", "run_engine_bench"]
 
-LONG_PREFILL_TOKENS = 8 * 4096
-"""A batch of more prompt tokens is prefilled on demand only: on a small machine it takes many minutes a system."""
+BUSY_LOAD = 0.5
+"""A load average above this, before the run, is somebody else's work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class Grid:
     batches: tuple[int, ...]
     ranks: tuple[int, ...]
     """Rank counts of LeanServe."""
-    all_prefills: bool
+    max_prefill_tokens: int | None
+    """Cells with more prompt tokens in all get no time to first token; None: every cell does."""
     model: ModelShape
 
     def cells(self) -> list[Cell]:
@@ -91,8 +92,22 @@ def run_engine_bench(grid: Grid, console: Console) -> EngineReport:
             load_average_after=load_average(),
         ),
         model=grid.model,
+        caveats=_caveats(machine, threads),
         cells=cells,
     )
+
+
+def _caveats(machine: Machine, threads: int) -> list[str]:
+    """What a reader must know before trusting the figures."""
+    found = []
+    if machine.load_average > BUSY_LOAD:
+        found.append(
+            f"other processes ran on this machine (load {machine.load_average:.1f} on {machine.cores} cores before the "
+            "run): every figure is slower than the machine's own, the limit included, and ratios are less sure"
+        )
+    if threads != machine.cores:
+        found.append(f"OMP_NUM_THREADS gave every system {threads} threads of {machine.cores} cores")
+    return found
 
 
 def _systems(grid: Grid, threads: int, model_dir: Path, folder: Path) -> list[System]:
@@ -139,11 +154,9 @@ def _left_out(cell: Cell, grid: Grid, architecture: Architecture) -> dict[Quanti
         why = f"needs about {needed_bytes / 2**30:.0f} GiB of memory where {free_bytes / 2**30:.0f} GiB are free"
         where = f"{cell.dtype}, {cell.context_tokens} tokens, batch {cell.batch}"
         return {"decode": f"{where} {why}", "first token": f"{where} {why}"}
-    if cell.batch * cell.context_tokens > LONG_PREFILL_TOKENS and not grid.all_prefills:
-        return {
-            "first token": f"batches of more than {LONG_PREFILL_TOKENS} prompt tokens are left out; --all-prefills "
-            "measures them too"
-        }
+    limit = grid.max_prefill_tokens
+    if limit is not None and cell.batch * cell.context_tokens > limit:
+        return {"first token": f"cells of more than {limit} prompt tokens are left out; --all-prefills measures them"}
     return {}
 
 

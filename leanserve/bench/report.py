@@ -85,6 +85,8 @@ class EngineReport(msgspec.Struct, kw_only=True):
     machine: Machine
     settings: Settings
     model: ModelShape
+    caveats: list[str]
+    """What a reader must know before trusting the figures."""
     cells: list[CellReport]
 
     def targets(self) -> list[Target]:
@@ -146,6 +148,8 @@ def print_report(report: EngineReport, console: Console) -> None:
     console.print("In brackets: times as fast as transformers. limit: weights and KV read once at full bandwidth.\n")
     console.print(first_token)
     reasons = {f"{quantity}: {why}" for cell in report.cells for quantity, why in cell.not_measured.items()}
+    for caveat in report.caveats:
+        console.print(f"[yellow]Note:[/] {caveat}", highlight=False)
     for reason in sorted(reasons):
         console.print(f"- {reason}", highlight=False)
     for target in report.targets():

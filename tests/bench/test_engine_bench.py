@@ -111,6 +111,7 @@ def test_the_command_writes_what_it_promises(tmp_path):
     assert report["settings"]["threads"] >= 1
     assert report["settings"]["read_bytes_per_s"] > 1e8
     assert report["model"]["num_hidden_layers"] == TINY.num_hidden_layers
+    assert all(isinstance(caveat, str) for caveat in report["caveats"])
     assert report["targets"] == []  # the promise is about 16k tokens
     [cell] = report["cells"]
     assert cell["cell"] == {"dtype": "float32", "context_tokens": 64, "batch": 1}
