@@ -1,11 +1,15 @@
 """One step's work, as rank 0 tells it to every rank: deltas only, so its size is O(batch) and not O(context)."""
 
+import struct
+import zlib
+from collections.abc import Sequence
+
 import msgspec
 
 from leanserve.contracts.kv_sharding import PageGrant
 from leanserve.contracts.sampling import SamplingParams
 
-__all__ = ["Batch", "NewSequence", "Row", "StepResult"]
+__all__ = ["Batch", "NewSequence", "Row", "StepResult", "Stop", "step_checksum"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -51,8 +55,17 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     """... its checksum: a rank that has another one for it stops with DesyncError."""
 
 
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
+    """The last message on the channel: every rank ends in an orderly way."""
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What rank 0's worker gives back: one token per sampling row, in row order."""
 
     step: int
     token_ids: list[int]
+
+
+def step_checksum(step: int, token_ids: Sequence[int]) -> int:
+    """CRC-32 of a step's number and sampled tokens: what every rank must agree on."""
+    return zlib.crc32(struct.pack(f"=q{len(token_ids)}q", step, *token_ids))

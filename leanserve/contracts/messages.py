@@ -2,14 +2,17 @@
 
 import msgspec
 
+from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.sampling import FinishReason, SamplingParams
 
 __all__ = [
     "Abort",
+    "Configure",
     "EngineFailed",
     "EngineInfo",
     "EngineReady",
     "FromEngine",
+    "Hello",
     "Loading",
     "Shutdown",
     "Submit",
@@ -20,6 +23,20 @@ __all__ = [
     "decode_to_engine",
     "encode",
 ]
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """Rank 0's first words: it has no configuration yet."""
+
+    pid: int
+
+
+class Configure(msgspec.Struct, frozen=True, tag="configure"):
+    """The front end's answer to Hello. Every rank gets its configuration from here, through rank 0."""
+
+    config: EngineConfig
+    front_end_pid: int
+    """Ranks end themselves when this process is gone."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -106,8 +123,8 @@ class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
     """Since start."""
 
 
-ToEngine = Submit | Abort | Shutdown
-FromEngine = Loading | EngineReady | EngineFailed | TokenOutputs
+ToEngine = Configure | Submit | Abort | Shutdown
+FromEngine = Hello | Loading | EngineReady | EngineFailed | TokenOutputs
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -71,7 +71,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise refuse("min_p", "it must be from 0 to 1")
         if self.seed is not None and (not is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
             raise refuse("seed", "it must be an integer that fits in 64 bits")
-        if len(self.stop) > MAX_STOP_STRINGS or any(not isinstance(s, str) or not s for s in self.stop):
+        stop: tuple[object, ...] = self.stop
+        if len(stop) > MAX_STOP_STRINGS or any(not isinstance(s, str) or not s for s in stop):
             raise refuse("stop", f"it must be at most {MAX_STOP_STRINGS} non-empty strings")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS or any(not is_int(t) or t < 0 for t in self.stop_token_ids):
             raise refuse("stop_token_ids", f"it must be at most {MAX_STOP_TOKEN_IDS} token ids, none negative")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import CONFIG_CLASSES, FAMILIES
 
+from checkpoints import CONFIG_CLASSES, FAMILIES
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from checkpoints import checkpoint
 
+from checkpoints import checkpoint
 from leanserve.contracts.errors import CheckpointError
 from leanserve.model.checkpoint import find_shards, resolve_model
 

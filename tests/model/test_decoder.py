@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILIES, checkpoint, hf_greedy, hf_logits, random_prompts
 from torch import Tensor
 
+from checkpoints import FAMILIES, checkpoint, hf_greedy, hf_logits, random_prompts
 from leanserve.model.architecture import Architecture
 from leanserve.model.decoder import Decoder
 from leanserve.model.weights import load_decoder

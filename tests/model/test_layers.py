@@ -5,10 +5,10 @@ import platform
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import checkpoint, hf_logits, random_prompts
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from checkpoints import checkpoint, hf_logits, random_prompts
 from leanserve.model.layers import Linear, rms_norm, swiglu
 from leanserve.model.weights import load_decoder
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints import checkpoint
 from leanserve.contracts.errors import CheckpointError
 from leanserve.model.architecture import read_architecture
 from leanserve.model.decoder import Decoder

@@ -1,0 +1,227 @@
+"""The command line: serve | generate | bench."""
+
+import os
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from leanserve import __version__
+from leanserve.bench.commands import bench_app
+from leanserve.contracts.errors import LeanServeError
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="leanserve",
+    help="Serve very long contexts: a KV cache sharded by position over any number of ranks, GPUs or CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(bench_app, name="bench")
+
+
+class DTypeChoice(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class DeviceChoice(StrEnum):
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+class CommChoice(StrEnum):
+    auto = "auto"
+    nccl = "nccl"
+    gloo = "gloo"
+
+
+class AttentionChoice(StrEnum):
+    auto = "auto"
+    triton = "triton"
+    portable = "portable"
+
+
+MODEL, RANKS, MEMORY, HTTP = "Model", "Ranks and devices", "Memory and batching", "HTTP"
+
+Ranks = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="Processes that share the KV cache; auto: every usable GPU, else 1.",
+        rich_help_panel=RANKS,
+    ),
+]
+DType = Annotated[
+    DTypeChoice,
+    typer.Option(
+        help="Of weights and KV. auto: float32 on the CPU, the checkpoint's own on a GPU.", rich_help_panel=MODEL
+    ),
+]
+DeviceOption = Annotated[DeviceChoice, typer.Option(help="auto: GPUs where usable.", rich_help_panel=RANKS)]
+CommOption = Annotated[
+    CommChoice,
+    typer.Option(
+        help="Collectives. auto: NCCL on GPUs, Gloo on the CPU; gloo lets ranks share a GPU.", rich_help_panel=RANKS
+    ),
+]
+AttentionOption = Annotated[
+    AttentionChoice, typer.Option(help="auto: Triton on GPUs, portable elsewhere.", rich_help_panel=RANKS)
+]
+PageTokens = Annotated[int, typer.Option(help="Tokens per KV page: 16, 32, 64, 128 or 256.", rich_help_panel=MEMORY)]
+MaxContext = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="Longest prompt + completion. auto: the model's limit, or what fits.",
+        rich_help_panel=MEMORY,
+    ),
+]
+KvMemory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE|auto", help="KV memory per rank, such as 512MiB. auto: from what is free.", rich_help_panel=MEMORY
+    ),
+]
+MaxBatchTokens = Annotated[
+    int, typer.Option(help="Tokens computed in one step, decode and prefill together.", rich_help_panel=MEMORY)
+]
+MaxSequences = Annotated[int, typer.Option(help="Sequences that run at once.", rich_help_panel=MEMORY)]
+
+
+def _count_or_auto(name: str, text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise typer.BadParameter(f"{text!r} is neither auto nor a whole number", param_hint=name)
+    return int(text)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A checkpoint directory or a hub id. Default: the bundled model."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.", rich_help_panel=HTTP)] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The name clients use. Default: as given.", rich_help_panel=HTTP)
+    ] = None,
+    ranks: Ranks = "auto",
+    device: DeviceOption = DeviceChoice.auto,
+    comm: CommOption = CommChoice.auto,
+    attention: AttentionOption = AttentionChoice.auto,
+    dtype: DType = DTypeChoice.auto,
+    page_tokens: PageTokens = 64,
+    max_context_tokens: MaxContext = "auto",
+    kv_memory: KvMemory = "auto",
+    max_batch_tokens: MaxBatchTokens = 2048,
+    max_sequences: MaxSequences = 256,
+) -> None:
+    """Serve a model over an OpenAI-compatible HTTP API.
+
+    With no MODEL the small bundled one is served: no download, no GPU needed. Under torchrun
+    (`torchrun --standalone --nproc-per-node 3 -m leanserve serve ...`) its processes are the ranks.
+    """
+    from leanserve.launch.front_end import ServeOptions, serve_under_torchrun, serve_until_stopped, started_by_torchrun
+    from leanserve.launch.options import LaunchOptions
+
+    if started_by_torchrun():
+        sys.exit(serve_under_torchrun(sys.argv[1:]))
+    options = ServeOptions(
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        launch=LaunchOptions(
+            model=model,
+            ranks=_count_or_auto("--ranks", ranks),
+            dtype=dtype.value,
+            device=device.value,
+            comm=comm.value,
+            attention=attention.value,
+            page_tokens=page_tokens,
+            kv_memory=None if kv_memory == "auto" else kv_memory,
+            max_context_tokens=_count_or_auto("--max-context-tokens", max_context_tokens),
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+        ),
+    )
+    sys.exit(serve_until_stopped(options))
+
+
+@app.command()
+def generate(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="[MODEL] PROMPT", help="The prompt, after a model if not the bundled one.")
+    ],
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; up to 2.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set of tokens that reaches this mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    ranks: Ranks = "auto",
+    device: DeviceOption = DeviceChoice.auto,
+    comm: CommOption = CommChoice.auto,
+    attention: AttentionOption = AttentionChoice.auto,
+    dtype: DType = DTypeChoice.auto,
+    page_tokens: PageTokens = 64,
+    kv_memory: KvMemory = "auto",
+) -> None:
+    """Print one completion as it is generated, then its speed. A prompt of - is read from standard input."""
+    from leanserve.contracts.sampling import SamplingParams
+    from leanserve.llm import LLM, print_completion
+
+    if len(arguments) > 2:
+        raise typer.BadParameter(f"expected [MODEL] PROMPT, got {len(arguments)} words; quote the prompt")
+    prompt = sys.stdin.read() if arguments[-1] == "-" else arguments[-1]
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    with LLM(
+        arguments[0] if len(arguments) == 2 else None,
+        ranks=_count_or_auto("--ranks", ranks),
+        device=device.value,
+        comm=comm.value,
+        attention=attention.value,
+        dtype=dtype.value,
+        page_tokens=page_tokens,
+        kv_memory=None if kv_memory == "auto" else kv_memory,
+    ) as llm:
+        print_completion(llm, prompt, sampling)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"leanserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of `leanserve` and `python -m leanserve`: an expected error is one line, and exit code 1."""
+    try:
+        app()
+    except LeanServeError as error:
+        typer.echo(f"leanserve: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

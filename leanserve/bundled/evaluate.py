@@ -1,0 +1,191 @@
+"""Measures a checkpoint of the bundled model on documents it was not trained on, and draws what it found.
+
+    python -m leanserve.bundled.evaluate DIRECTORY
+
+writes evaluation.json and accuracy.png beside the checkpoint. The model card quotes these and nothing else.
+
+A document holds ten facts at ten depths; each is asked alone, after the document. An answer counts when greedy decoding
+gives the whole answering sentence: no token of it may be wrong.
+"""
+
+import argparse
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from leanserve.bundled.corpus import STYLES, Haystack, Writer, make_haystack
+from leanserve.bundled.network import KVCache, Network, load
+
+__all__ = ["DEPTHS", "Asked", "Prompted", "accuracy_by_depth", "ask", "held_out_perplexity", "sample"]
+
+DEPTHS = tuple((i + 0.5) / 10 for i in range(10))
+LENGTHS_TOKENS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+END = 1
+
+
+class Prompted:
+    """A network that has read a text, and can be asked how it goes on, again and again."""
+
+    @torch.inference_mode()
+    def __init__(self, network: Network, ids: list[int]) -> None:
+        self._network = network
+        self._device = network.model.embed_tokens.weight.device
+        self._tokens = len(ids)
+        at = torch.arange(len(ids), device=self._device)[None]
+        self._hidden, self._cache = network(torch.tensor([ids], device=self._device), at)
+
+    @torch.inference_mode()
+    def _read(self, ids: list[int]) -> tuple[Tensor, KVCache]:
+        at = torch.arange(self._tokens, self._tokens + len(ids), device=self._device)
+        keys = torch.arange(self._tokens + len(ids), device=self._device)
+        mask = torch.where(keys <= at[:, None], 0.0, -math.inf)
+        return self._network(torch.tensor([ids], device=self._device), at[None], mask, self._cache)
+
+    @torch.inference_mode()
+    def continues_with(self, question: list[int], answer: list[int]) -> bool:
+        """Whether greedy decoding after `question` gives exactly `answer`; one pass, as all of it must match."""
+        hidden, _ = self._read([*question, *answer])
+        predicted = self._network.logits(hidden[0]).argmax(-1).tolist()
+        return predicted[len(question) - 1 : -1] == answer
+
+    @torch.inference_mode()
+    def sample(self, tokens: int, temperature: float, generator: torch.Generator) -> list[int]:
+        """Up to `tokens` further tokens, drawn; an end token ends them. The text read so far grows by them."""
+        drawn: list[int] = []
+        while len(drawn) < tokens:
+            probabilities = torch.softmax(self._network.logits(self._hidden[0, -1]).float() / temperature, -1)
+            token = int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
+            if token == END:
+                break
+            drawn.append(token)
+            self._hidden, self._cache = self._read([token])
+            self._tokens += 1
+        return drawn
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A fact of a haystack and whether its question was answered rightly."""
+
+    depth: float
+    relation: str
+    right: bool
+
+
+def ask(network: Network, tokenizer: Tokenizer, haystack: Haystack) -> list[Asked]:
+    """Asks for each fact of the haystack by itself."""
+    prompted = Prompted(network, tokenizer.encode(haystack.text).ids)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return [
+        Asked(
+            depth,
+            fact.relation,
+            prompted.continues_with(
+                encode(f"\nQuestion: {fact.question}\nAnswer:"), encode(f" {fact.answer_clause} {fact.value}.<|end|>")
+            ),
+        )
+        for depth, fact in zip(haystack.depths, haystack.facts, strict=True)
+    ]
+
+
+def accuracy_by_depth(
+    network: Network, tokenizer: Tokenizer, tokens: int, documents: int, *, hard: bool = False, seed: str = "held out"
+) -> list[float]:
+    """Share of right answers at each of `DEPTHS`. hard: two distractors per fact, and every fact overruled once."""
+    right = [0] * len(DEPTHS)
+    for i in range(documents):
+        haystack = make_haystack(tokens, DEPTHS, f"{seed}/{tokens}/{i}", distractors=20 if hard else 0, updated=hard)
+        for j, asked in enumerate(ask(network, tokenizer, haystack)):
+            right[j] += asked.right
+    return [count / documents for count in right]
+
+
+@torch.inference_mode()
+def held_out_perplexity(network: Network, tokenizer: Tokenizer, documents: int = 20, tokens: int = 512) -> float:
+    """Of documents without questions, per token, facts included."""
+    device = network.model.embed_tokens.weight.device
+    losses = []
+    for i in range(documents):
+        text = make_haystack(tokens, DEPTHS, f"perplexity/{i}", distractors=0).text
+        ids = torch.tensor([tokenizer.encode(text).ids], device=device)
+        hidden, _ = network(ids, torch.arange(ids.shape[1], device=device)[None])
+        losses.append(torch.nn.functional.cross_entropy(network.logits(hidden[0, :-1]), ids[0, 1:]))
+    return math.exp(torch.stack(losses).mean().item())
+
+
+def sample(
+    network: Network, tokenizer: Tokenizer, samples: int, tokens: int = 64, temperature: float = 0.7
+) -> list[str]:
+    """Free completions of a header and a date or entry number."""
+    texts = []
+    for i in range(samples):
+        rng = random.Random(f"sample/{i}")
+        writer = Writer(rng, rng.choice(STYLES))
+        prompted = Prompted(network, tokenizer.encode(f"{writer.header()}\n{writer.opener()}").ids)
+        texts.append(tokenizer.decode(prompted.sample(tokens, temperature, torch.Generator().manual_seed(i))))
+    return texts
+
+
+def draw(table: dict[str, list[float]], path: Path) -> None:
+    """A chart of accuracy over length (rows of `table`) and depth."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
+    image = axes.imshow(list(table.values()), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_yticks(range(len(table)), [f"{int(tokens):,}" for tokens in table])
+    axes.set_xticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS])
+    axes.set(xlabel="depth of the fact", ylabel="tokens", title="Share of right answers, held-out documents")
+    for row, shares in enumerate(table.values()):
+        for column, share in enumerate(shares):
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7)
+    figure.colorbar(image)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m leanserve.bundled.evaluate", description=__doc__)
+    parser.add_argument("directory", type=Path, help="a checkpoint directory")
+    parser.add_argument("--documents", type=int, default=10, help="per length, each with ten facts; default 10")
+    arguments = parser.parse_args()
+    tokenizer = Tokenizer.from_file(str(arguments.directory / "tokenizer.json"))
+    network = load(arguments.directory).to("cuda" if torch.cuda.is_available() else "cpu")
+    tables: dict[str, dict[str, list[float]]] = {"plain": {}, "distractors_and_updates": {}}
+    for tokens in track(LENGTHS_TOKENS, description="asking"):
+        for name, table in tables.items():
+            hard = name != "plain"
+            if not (hard and (tokens < 1024 or tokens > 4096)):
+                table[str(tokens)] = accuracy_by_depth(network, tokenizer, tokens, arguments.documents, hard=hard)
+    result = {
+        "documents_per_length": arguments.documents,
+        "facts_per_document": len(DEPTHS),
+        "depths": DEPTHS,
+        "accuracy": {
+            name: {tokens: round(sum(row) / len(row), 4) for tokens, row in table.items()}
+            for name, table in tables.items()
+        },
+        "accuracy_by_depth": tables,
+        "perplexity": round(held_out_perplexity(network, tokenizer), 3),
+        "samples_at_temperature_0.7": sample(network, tokenizer, 5),
+        "torch": torch.__version__,
+    }
+    (arguments.directory / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(tables["plain"], arguments.directory / "accuracy.png")
+    print(json.dumps(result["accuracy"], indent=2))
+
+
+if __name__ == "__main__":
+    main()

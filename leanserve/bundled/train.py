@@ -1,0 +1,218 @@
+"""Trains the bundled model from nothing, in stages that each end with a usable checkpoint.
+
+    python -m leanserve.bundled.train --out runs/bundled
+
+A stage climbs levels: documents grow longer and sparser once answers are right often enough. The learning rate falls to
+zero over the last part of the stage's time; then the checkpoint is written to OUT/<stage>. An interrupted run goes on
+where it was. Uses a GPU where there is one.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from leanserve.bundled import bundled_model_dir
+from leanserve.bundled.batches import Batch, Batches, Level
+from leanserve.bundled.network import Network, Shape, save
+
+__all__ = ["STAGES", "Stage", "Trainer", "loss_of"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    minutes: float
+    """Training time on 2 CPU cores; the share of it that is over decides when the learning rate falls."""
+    learning_rate: float
+    levels: tuple[Level, ...]
+
+
+STAGES = (
+    Stage(
+        "short",
+        15,
+        2e-3,
+        (
+            Level(192, 12, (0.0, 0.0), 0.66, updates=0.0),
+            Level(256, 12, (0.0, 0.3), 0.5),
+            Level(384, 8, (0.2, 0.7), 0.45, dilution=4, jumps=1),
+            Level(512, 8, (0.2, 0.9), 0.4, dilution=16, jumps=2),
+            Level(1024, 6, (0.2, 0.95), 0.4, dilution=32, jumps=3),
+        ),
+    ),
+    Stage(
+        "long",
+        50,
+        1.5e-3,
+        (
+            Level(512, 8, (0.2, 0.95), 0.45, updates=0.3, dilution=64, jumps=4),
+            Level(1024, 4, (0.2, 0.97), 0.4, updates=0.3, dilution=64, jumps=4),
+            Level(2048, 2, (0.2, 0.98), 0.4, updates=0.3, dilution=32, jumps=4),
+        ),
+    ),
+)
+PROMOTION = 0.92
+"""Share of right answer tokens, averaged over recent steps, at which a level is left."""
+WARM_UP_STEPS = 50
+MUON_FACTOR = 1.0
+"""Muon's learning rate over AdamW's."""
+DECAY_FROM = 0.6
+"""Share of a stage's time after which the learning rate falls linearly to zero."""
+VALIDATE_EVERY_S = 120
+
+
+def loss_of(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The training loss, and the share of answer tokens that greedy decoding would get right.
+
+    Answer values weigh twice as much as all the rest: they are a twentieth of the text, and the whole task.
+    Of the body one token in four is scored: the vocabulary is the dearest matrix.
+    """
+    hidden, _ = network(batch.ids_BL, batch.positions_BL, batch.mask_B1LL)
+    reply, answer = batch.reply_BL[:, 1:], batch.answer_BL[:, 1:]
+    scored = reply | (torch.rand(reply.shape, device=reply.device) < 0.25)
+    target, answer = batch.ids_BL[:, 1:][scored], answer[scored]
+    logits = network.logits(hidden[:, :-1][scored]).float()
+    loss = F.cross_entropy(logits, target, reduction="none")
+    right = (logits[answer].argmax(-1) == target[answer]).float().mean()
+    return loss[answer].mean() + 0.5 * loss[~answer].mean(), right.detach()
+
+
+class Trainer:
+    """One run in one directory: OUT/state.pt to go on from, OUT/log.jsonl, and a checkpoint per finished stage."""
+
+    def __init__(self, out: Path, tokenizer_dir: Path, shape: Shape | None = None, seed: int = 1) -> None:
+        self.out = out
+        self.tokenizer_dir = tokenizer_dir
+        tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(seed)
+        self.network = Network(shape or Shape(tokenizer.get_vocab_size())).to(self.device)
+        self.batches = Batches(tokenizer, f"train/{seed}")
+        self.held_out = Batches(tokenizer, f"validation/{seed}")
+        matrices = [p for name, p in self.network.named_parameters() if p.dim() == 2 and "embed" not in name]
+        others = [p for name, p in self.network.named_parameters() if p.dim() != 2 or "embed" in name]
+        # Muon finds retrieval in half the steps of AdamW; it is made for matrices between hidden states only.
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+        self.step = self.stage = self.level = 0
+        self.stage_seconds = self.total_seconds = 0.0
+        self.accuracy = 0.0
+        if (out / "state.pt").exists():
+            self._restore()
+
+    def train_step(self, level: Level, learning_rate: float) -> float:
+        """One optimizer step; returns the loss."""
+        for optimizer, factor in zip(self.optimizers, (MUON_FACTOR, 1.0), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * learning_rate
+        batch = self.batches.batch(level, self.step, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss, right = loss_of(self.network, batch)
+        self.network.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.accuracy += 0.05 * (right.item() - self.accuracy)
+        self.step += 1
+        return loss.item()
+
+    @torch.no_grad()
+    def validate(self, level: Level, batches: int = 2) -> float:
+        """Accuracy of answer tokens on documents that are never trained on."""
+        shares = [loss_of(self.network, self.held_out.batch(level, i, self.device))[1] for i in range(batches)]
+        return torch.stack(shares).mean().item()
+
+    def run(self, stages: tuple[Stage, ...] = STAGES) -> None:
+        """Trains until the last stage is over."""
+        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            while self.stage < len(stages):
+                stage = stages[self.stage]
+                bar = progress.add_task(stage.name, total=stage.minutes * 60, completed=round(self.stage_seconds))
+
+                def report(text: str, bar: TaskID = bar) -> None:
+                    progress.update(bar, description=text, completed=round(self.stage_seconds))
+
+                self._run_stage(stage, report)
+                directory = self.out / stage.name
+                save(self.network, directory)
+                for name in ("tokenizer.json", "tokenizer_config.json"):
+                    shutil.copy(self.tokenizer_dir / name, directory / name)
+                self.stage, self.level, self.stage_seconds = self.stage + 1, 0, 0.0
+                self._remember()
+
+    def _run_stage(self, stage: Stage, report: Callable[[str], None]) -> None:
+        since_validation = math.inf
+        first_step = self.step
+        while self.stage_seconds < stage.minutes * 60:
+            started = time.monotonic()
+            level = stage.levels[self.level]
+            if since_validation > VALIDATE_EVERY_S:
+                self._log(stage, validation=self.validate(level))
+                self._remember()
+                since_validation = 0.0
+            over = self.stage_seconds / (stage.minutes * 60)
+            rate = stage.learning_rate * min(1.0, (self.step - first_step + 1) / WARM_UP_STEPS)
+            loss = self.train_step(level, rate * min(1.0, (1 - over) / (1 - DECAY_FROM)))
+            if self.step % 20 == 0:
+                self._log(stage, loss=loss)
+            where = f"{stage.name}, {level.tokens} tokens, step {self.step}"
+            report(f"{where}: loss {loss:.2f}, {self.accuracy:.0%} of answers right")
+            if self.accuracy > PROMOTION and self.level + 1 < len(stage.levels):
+                self.level, self.accuracy, since_validation = self.level + 1, 0.0, math.inf
+            seconds = time.monotonic() - started
+            self.stage_seconds += seconds
+            self.total_seconds += seconds
+            since_validation += seconds
+        self._log(stage, validation=self.validate(stage.levels[self.level]))
+
+    def _log(self, stage: Stage, **figures: float) -> None:
+        line = {"stage": stage.name, "tokens": stage.levels[self.level].tokens, "step": self.step}
+        line |= {"seconds": round(self.total_seconds), "answers": round(self.accuracy, 4)}
+        with (self.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line | {name: round(value, 4) for name, value in figures.items()}) + "\n")
+
+    _PROGRESS = ("step", "stage", "level", "stage_seconds", "total_seconds", "accuracy")
+
+    def _remember(self) -> None:
+        state: dict[str, object] = {"network": self.network.state_dict()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        state |= {name: getattr(self, name) for name in self._PROGRESS}
+        torch.save(state, self.out / "state.partial")
+        (self.out / "state.partial").replace(self.out / "state.pt")
+
+    def _restore(self) -> None:
+        state = torch.load(self.out / "state.pt", map_location=self.device, weights_only=True)
+        self.network.load_state_dict(state["network"])
+        for optimizer, remembered in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(remembered)
+        for name in self._PROGRESS:
+            setattr(self, name, state[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m leanserve.bundled.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory of the run; an interrupted one goes on")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    Trainer(arguments.out, bundled_model_dir(), seed=arguments.seed).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Ranks and what they say to each other: collectives on tensors, the reducer of states, the step channel."""

@@ -1,0 +1,122 @@
+"""Requests in, tokens out, one step at a time. Knows when a completion ends; not how a token is computed or where
+it goes."""
+
+import secrets
+from collections.abc import Callable, Iterable
+
+from leanserve.contracts.batch import Batch, StepResult
+from leanserve.contracts.errors import EngineError, RequestError
+from leanserve.contracts.messages import Submit, TokenOutput, TokenOutputs
+from leanserve.contracts.sampling import FinishReason
+from leanserve.engine.scheduler import Scheduler
+from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Every accepted request gets exactly one TokenOutput with a finish reason: from `step`, `abort` or `fail`."""
+
+    def __init__(
+        self, scheduler: Scheduler, execute: Callable[[Batch], StepResult], eos_token_ids: Iterable[int]
+    ) -> None:
+        """`execute` runs a batch on all ranks and returns one token per sampling row; the batch may have no rows."""
+        self._scheduler = scheduler
+        self._execute = execute
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._live: dict[str, Sequence] = {}
+        self._next_sequence_id = 1
+
+    @property
+    def has_work(self) -> bool:
+        """A step would do something: compute tokens, or tell the ranks what to forget."""
+        return self._scheduler.has_work
+
+    def submit(self, request: Submit) -> None:
+        """Accept a request.
+
+        Raises:
+            RequestTooLongError: it can never fit.
+            RequestError: the prompt is empty or no int32 array.
+            ValueError: the id belongs to a live request, which an answer under this id would end: the caller's mistake.
+        """
+        prompt_bytes = len(request.prompt_token_ids)
+        if prompt_bytes == 0:
+            raise RequestError("the prompt has no tokens; give at least one", param="prompt", code="empty_prompt")
+        if prompt_bytes % TOKEN_ID_BYTES:
+            raise RequestError(
+                f"prompt_token_ids has {prompt_bytes} bytes, not a multiple of {TOKEN_ID_BYTES}; send int32",
+                param="prompt",
+            )
+        if request.request_id in self._live:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        sampling = request.sampling
+        end_token_ids = frozenset(sampling.stop_token_ids)
+        sequence = Sequence(
+            sequence_id=self._next_sequence_id,
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=sampling,
+            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            end_token_ids=end_token_ids if sampling.ignore_eos else end_token_ids | self._eos_token_ids,
+        )
+        self._scheduler.add(sequence)
+        self._next_sequence_id += 1
+        self._live[request.request_id] = sequence
+
+    def abort(self, request_id: str) -> TokenOutput | None:
+        """End a live request, in whatever phase. Returns its last output; None if no such request is live."""
+        return self._end(self._live[request_id], "abort") if request_id in self._live else None
+
+    def step(self) -> list[TokenOutput]:
+        """Compute one step. What `execute` raises comes through: the engine is then only good for `fail`."""
+        batch = self._scheduler.next_batch()
+        if batch is None:
+            return []
+        result = self._execute(batch)
+        return self._finish(batch, result)
+
+    def fail(self, message: str) -> list[TokenOutput]:
+        """End all live requests with an error that says `message`. Returns their last outputs."""
+        return [self._end(sequence, "error", message) for sequence in list(self._live.values())]
+
+    def report(self, outputs: list[TokenOutput]) -> TokenOutputs:
+        """`outputs` with the load as it is now."""
+        scheduler = self._scheduler
+        return TokenOutputs(
+            step=scheduler.step,
+            outputs=outputs,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            pages_used_per_rank=scheduler.pages_used_per_rank,
+            preemptions=scheduler.preemptions,
+        )
+
+    def _finish(self, batch: Batch, result: StepResult) -> list[TokenOutput]:
+        expected_tokens = sum(row.samples for row in batch.rows)
+        if result.step != batch.step or len(result.token_ids) != expected_tokens:
+            raise EngineError(
+                f"step {batch.step} should give {expected_tokens} tokens; "
+                f"the executor gave {len(result.token_ids)} for step {result.step}"
+            )
+        outputs: list[TokenOutput] = []
+        for sequence, token_id in self._scheduler.complete(batch, result):
+            reason = sequence.append(token_id)
+            if reason is None:
+                outputs.append(TokenOutput(sequence.request_id, [token_id]))
+            else:
+                outputs.append(self._end(sequence, reason, None, token_id))
+        return outputs
+
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, token_id: int | None = None
+    ) -> TokenOutput:
+        del self._live[sequence.request_id]
+        self._scheduler.remove(sequence)
+        return TokenOutput(
+            request_id=sequence.request_id,
+            token_ids=[] if token_id is None else [token_id],
+            finish_reason=reason,
+            error=error,
+            stop_token_id=token_id if reason == "stop" else None,
+        )

@@ -1,0 +1,196 @@
+"""What the next step computes, and on which pages. Knows counts of tokens; not what a token means, nor who asked."""
+
+from collections import deque
+
+from leanserve.contracts.batch import Batch, Row, StepResult, step_checksum
+from leanserve.contracts.config import BatchOptions
+from leanserve.contracts.errors import RequestTooLongError
+from leanserve.contracts.kv_sharding import KvSharding, PageGrant
+from leanserve.engine.pages import PageAllocator
+from leanserve.engine.sequence import Sequence, SequenceState
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Continuous batching, first come first served.
+
+    Every step holds one row of each sequence that decodes, then prompt chunks in order of arrival while the token
+    budget lasts. A sequence is admitted when its whole prompt fits beside the next token of everybody. So:
+
+    - Running sequences are older than waiting ones, and only the youngest of them can be in the middle of its prompt.
+    - Who is admitted gets at least one token of that step's budget, beside a row of everybody who runs. So there are
+      never more running sequences than tokens in the budget, and each that decodes has a row in every step.
+    - When decoding runs out of pages, the youngest gives all of its pages back and waits at the head of the queue, to
+      be computed again. It returns only when everybody has room to grow, twice as much each time it was sent away, so
+      the number of times is logarithmic in the longest completion asked for. The oldest is never sent away.
+    """
+
+    def __init__(self, sharding: KvSharding, options: BatchOptions, max_context_tokens: int) -> None:
+        self.sharding = sharding
+        self.options = options
+        self.max_context_tokens = max_context_tokens
+        self.preemptions = 0
+        """Since start."""
+        self.step = 0
+        """The newest step handed out; 0 before the first."""
+        self._allocator = PageAllocator(sharding)
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}
+        """By sequence id, the oldest first."""
+        self._dropped: list[int] = []
+        """Released since the last batch; the ranks do not know yet."""
+        self._completed = (0, 0)
+        """The newest completed step and its checksum."""
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def pages_used_per_rank(self) -> tuple[int, ...]:
+        return self._allocator.used_per_rank
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting or self._dropped)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            RequestTooLongError: it could not finish even alone.
+        """
+        limit = min(self.max_context_tokens, self.sharding.total_tokens)
+        if sequence.max_total_tokens > limit:
+            limit_is = "the longest context served" if limit == self.max_context_tokens else "all the KV cache holds"
+            raise RequestTooLongError(
+                f"the prompt has {sequence.num_prompt_tokens} tokens and max_tokens is {sequence.sampling.max_tokens}, "
+                f"{sequence.max_total_tokens} together; {limit} is {limit_is}: shorten the prompt or lower max_tokens",
+                param="prompt" if sequence.num_prompt_tokens >= limit else "max_tokens",
+            )
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence ends, in whatever state. Its pages are free at once; the ranks hear of it in the next batch."""
+        if sequence.state is SequenceState.RUNNING:
+            self._release(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+        sequence.state = SequenceState.FINISHED
+
+    def next_batch(self) -> Batch | None:
+        """The next step, or None when there is nothing to do or to tell. Costs O(rows + pages granted)."""
+        grants: list[PageGrant] = []
+        rows = self._decode_rows(grants)
+        budget_tokens = self.options.max_batch_tokens - len(rows)
+        unfinished = [s for s in self._running.values() if s.num_tokens - s.num_computed_tokens > 1]
+        left_tokens = budget_tokens - sum(s.num_tokens - s.num_computed_tokens for s in unfinished)
+        admitted = self._admit(left_tokens)
+        rows += self._prefill_rows(unfinished + admitted, budget_tokens, grants)
+        if not rows and not self._dropped:
+            return None
+        self.step += 1
+        dropped, self._dropped = self._dropped, []
+        return Batch(self.step, dropped, [s.as_new() for s in admitted], grants, rows, *self._completed)
+
+    def complete(self, batch: Batch, result: StepResult) -> list[tuple[Sequence, int]]:
+        """Note that a batch is computed. Returns the sequences that got a token, with the token, in row order."""
+        self._completed = (batch.step, step_checksum(result.step, result.token_ids))
+        token_ids = iter(result.token_ids)
+        sampled: list[tuple[Sequence, int]] = []
+        for row in batch.rows:
+            sequence = self._running[row.sequence_id]
+            sequence.num_computed_tokens = row.start + row.count
+            if row.samples:
+                sampled.append((sequence, next(token_ids)))
+        return sampled
+
+    def _decode_rows(self, grants: list[PageGrant]) -> list[Row]:
+        """One row for each running sequence that lacks nothing but its newest token, oldest first."""
+        rows: list[Row] = []
+        page_tokens = self.sharding.page_tokens
+        for sequence in tuple(self._running.values()):
+            if sequence.state is not SequenceState.RUNNING:
+                break  # sent away by an older one in this very loop, and so are all that follow
+            start = sequence.num_computed_tokens
+            if sequence.num_tokens - start != 1:
+                continue
+            if start % page_tokens == 0:
+                if not self._make_room_for(sequence):
+                    break
+                grants += self._grow(sequence, 1)
+            rows.append(Row(sequence.id, start, 1, True))
+        return rows
+
+    def _admit(self, budget_tokens: int) -> list[Sequence]:
+        """Take sequences off the queue while the head fits and some of the budget is left for it."""
+        admitted: list[Sequence] = []
+        room_tokens = needed_pages = 0
+        while self._waiting and budget_tokens > 0 and len(self._running) < self.options.max_sequences:
+            sequence = self._waiting[0]
+            if room_tokens != self._room_tokens(sequence):
+                room_tokens = self._room_tokens(sequence)
+                needed_pages = sum(self._missing_pages(s, room_tokens) for s in self._running.values())
+            needed_pages += self._missing_pages(sequence, room_tokens)
+            if needed_pages > self._allocator.num_free:
+                break
+            self._waiting.popleft()
+            self._running[sequence.id] = sequence
+            sequence.state = SequenceState.RUNNING
+            admitted.append(sequence)
+            budget_tokens -= sequence.num_tokens
+        return admitted
+
+    def _room_tokens(self, sequence: Sequence) -> int:
+        """By how many tokens everybody must be able to grow before `sequence` is admitted."""
+        return self.sharding.page_tokens << sequence.preemptions if sequence.preemptions else 1
+
+    def _missing_pages(self, sequence: Sequence, room_tokens: int) -> int:
+        """Pages that a sequence lacks to hold its tokens and `room_tokens` more, as far as it may grow at all."""
+        end = min(sequence.num_tokens + room_tokens, sequence.max_total_tokens)
+        return self.sharding.pages_for(end) - sequence.pages.count
+
+    def _prefill_rows(self, sequences: list[Sequence], budget_tokens: int, grants: list[PageGrant]) -> list[Row]:
+        """One chunk of each sequence in turn while the budget lasts, no longer than the free pages can hold.
+
+        Decoding may have taken pages that an admitted prompt was counted to need. It then waits: those who decode are
+        older, so they end and give pages back, or send it away.
+        """
+        rows: list[Row] = []
+        for sequence in sequences:
+            start = sequence.num_computed_tokens
+            holdable = (sequence.pages.count + self._allocator.num_free) * self.sharding.page_tokens
+            end = min(sequence.num_tokens, start + budget_tokens, holdable)
+            if end == start:
+                break
+            missing_pages = self.sharding.pages_for(end) - sequence.pages.count
+            grants += self._grow(sequence, missing_pages)
+            rows.append(Row(sequence.id, start, end - start, end == sequence.num_tokens))
+            budget_tokens -= end - start
+        return rows
+
+    def _grow(self, sequence: Sequence, pages: int) -> list[PageGrant]:
+        return self._allocator.grow(sequence.pages, pages, self.sharding.pages_for(sequence.max_total_tokens))
+
+    def _make_room_for(self, sequence: Sequence) -> bool:
+        """Free a page, at the expense of the youngest. False if `sequence` itself was the youngest and is gone."""
+        while not self._allocator.num_free:
+            youngest = next(reversed(self._running.values()))
+            self._release(youngest)
+            youngest.state = SequenceState.WAITING
+            youngest.num_computed_tokens = 0
+            youngest.preemptions += 1
+            self.preemptions += 1
+            self._waiting.appendleft(youngest)
+        return sequence.state is SequenceState.RUNNING
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take a running sequence's pages back, and note it for the ranks."""
+        del self._running[sequence.id]
+        self._allocator.release(sequence.pages)
+        self._dropped.append(sequence.id)

@@ -1,0 +1,88 @@
+"""One request's life: what was asked, what was generated, how much of it is in the KV cache. Knows no policy."""
+
+from array import array
+from enum import Enum
+
+from leanserve.contracts.batch import NewSequence
+from leanserve.contracts.sampling import FinishReason, SamplingParams
+from leanserve.engine.pages import SequencePages
+
+__all__ = ["TOKEN_ID_BYTES", "Sequence", "SequenceState"]
+
+TOKEN_ID_BYTES = 4
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"
+    """New, or preempted."""
+    RUNNING = "running"
+    """Known to the ranks; alone in this state it holds pages."""
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Prompt and output ids are kept apart for life: a preemption must not turn outputs into prompt."""
+
+    __slots__ = (
+        "end_token_ids",
+        "id",
+        "max_total_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_tokens",
+        "output_token_ids",
+        "pages",
+        "preemptions",
+        "prompt_token_ids",
+        "request_id",
+        "sampling",
+        "seed",
+        "state",
+    )
+
+    def __init__(
+        self,
+        sequence_id: int,
+        request_id: str,
+        prompt_token_ids: bytes,
+        sampling: SamplingParams,
+        seed: int,
+        end_token_ids: frozenset[int],
+    ) -> None:
+        self.id = sequence_id
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        """int32, native byte order: the very object that was received, however long."""
+        self.sampling = sampling
+        self.seed = seed
+        """The seed in force, kept over preemptions."""
+        self.end_token_ids = end_token_ids
+        self.num_prompt_tokens = len(prompt_token_ids) // TOKEN_ID_BYTES
+        self.max_total_tokens = self.num_prompt_tokens + sampling.max_tokens
+        self.output_token_ids = array("i")
+        self.num_tokens = self.num_prompt_tokens
+        """Prompt and outputs."""
+        self.num_computed_tokens = 0
+        """Tokens whose KV is in the cache; the newest token's is not."""
+        self.pages = SequencePages(sequence_id)
+        """None of them while it waits."""
+        self.preemptions = 0
+        self.state = SequenceState.WAITING
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add a sampled token. Returns why the sequence is complete with it, or None if it goes on."""
+        self.output_token_ids.append(token_id)
+        self.num_tokens += 1
+        if token_id in self.end_token_ids:
+            return "stop"
+        return "length" if self.num_tokens == self.max_total_tokens else None
+
+    def as_new(self) -> NewSequence:
+        """What a rank needs to compute it from its first token."""
+        return NewSequence(
+            sequence_id=self.id,
+            token_ids=self.prompt_token_ids + self.output_token_ids.tobytes(),
+            num_prompt_tokens=self.num_prompt_tokens,
+            sampling=self.sampling,
+            seed=self.seed,
+        )

@@ -1,0 +1,195 @@
+"""The process a user starts with `leanserve serve`: HTTP and text here, ranks as children. Imports no torch."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from leanserve import __version__
+from leanserve.bundled import EXAMPLE_PROMPT
+from leanserve.contracts.errors import EngineError
+from leanserve.contracts.messages import EngineInfo
+from leanserve.launch.engine_group import EngineGroup, make_run_dir
+from leanserve.launch.lifeline import when_gone
+from leanserve.launch.options import LaunchOptions
+from leanserve.launch.ranks_process import RUN_DIR_VARIABLE
+from leanserve.model.architecture import read_architecture
+from leanserve.server.app import create_app
+from leanserve.server.engine_client import EngineClient
+from leanserve.server.http_server import bind_socket, serve_http
+from leanserve.server.settings import ServerSettings
+from leanserve.server.tokenizer import Tokenizer
+
+__all__ = ["ServeOptions", "serve_under_torchrun", "serve_until_stopped", "show_loading", "started_by_torchrun"]
+
+AGENT_PID_VARIABLE = "LEANSERVE_AGENT_PID"
+"""Set for a front end that rank 0 of a user's own torchrun started: the agent whose life it shares."""
+
+GRACE_S = 2.0
+"""After Ctrl-C or SIGTERM, how long live requests may go on before they end with an error."""
+
+BUNDLED_NAME = "leanserve-bundled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What `leanserve serve` was asked for."""
+
+    launch: LaunchOptions
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.launch.model or BUNDLED_NAME
+
+
+def started_by_torchrun() -> bool:
+    """This process is a rank of a user's own torchrun."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def serve_under_torchrun(arguments: list[str]) -> int:
+    """Be one rank; rank 0 also starts the front end, with the same command line, in a session of its own."""
+    from leanserve.launch.rank import run_rank
+
+    def start_front_end() -> Path:
+        run_dir = make_run_dir()
+        from_torchrun = ("TORCHELASTIC_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(from_torchrun)}
+        environment |= {RUN_DIR_VARIABLE: str(run_dir), AGENT_PID_VARIABLE: str(os.getppid())}
+        front_end = subprocess.Popen(
+            [sys.executable, "-m", "leanserve", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        # A front end that cannot start has said why; the rank goes with it, and torchrun ends the others.
+        threading.Thread(target=lambda: os._exit(front_end.wait()), name="front end", daemon=True).start()
+        return run_dir
+
+    return run_rank(start_front_end)
+
+
+def serve_until_stopped(options: ServeOptions) -> int:
+    """Serve until a signal or a failure. Returns the process's exit code.
+
+    Raises:
+        ConfigError, ModelError: before anything was started.
+    """
+    console = Console(stderr=True, highlight=False)
+    listener = bind_socket(options.host, options.port)
+    model_dir = options.launch.find_model()
+    architecture = read_architecture(model_dir)
+    tokenizer = Tokenizer.from_dir(model_dir)
+    config = options.launch.engine_config(model_dir)
+    agent_pid = os.environ.get(AGENT_PID_VARIABLE)
+    if agent_pid is None:
+        num_ranks, unused_gpu = options.launch.count_ranks()
+        run_dir = make_run_dir()
+    else:
+        num_ranks, unused_gpu = None, None
+        run_dir = Path(os.environ[RUN_DIR_VARIABLE])
+        when_gone(int(agent_pid), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    console.print(f"[bold]LeanServe {__version__}[/]  {options.model_name}  ({architecture.describe()})")
+    if unused_gpu is not None:
+        console.print(f"No GPU is used: {unused_gpu}")
+    group = EngineGroup(config, num_ranks=num_ranks, run_dir=run_dir)
+    app = create_app(group.client, tokenizer, ServerSettings(model_names=(options.model_name,)))
+    return asyncio.run(_serve(group, app, listener, options.host, console, has_text=tokenizer is not None))
+
+
+async def _serve(
+    group: EngineGroup, app: FastAPI, listener: socket.socket, host: str, console: Console, *, has_text: bool
+) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    http = asyncio.create_task(serve_http(app, listener, stop=stop, grace_s=GRACE_S), name="http")
+    exit_code = 0
+    try:
+        await group.start()
+        ready = asyncio.create_task(show_loading(group.client, console), name="loading")
+        await asyncio.wait({ready, http}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            example = EXAMPLE_PROMPT if has_text else [1, 2, 3]
+            _print_banner(console, ready.result(), _url(listener, host), example)
+            failed = asyncio.create_task(group.client.wait_failed(), name="engine failure")
+            await asyncio.wait({failed, http}, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done() and not stop.is_set():
+                raise EngineError(failed.result())
+        else:
+            ready.cancel()
+    except EngineError as error:
+        console.print(f"[red]leanserve: {escape(str(error))}[/]", soft_wrap=True)
+        exit_code = 1
+    finally:
+        stop.set()
+        await http
+        await group.close()
+    return exit_code
+
+
+def _url(listener: socket.socket, host: str) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+async def show_loading(client: EngineClient, console: Console) -> EngineInfo:
+    """Wait for the engine, drawing its progress.
+
+    Raises:
+        EngineError: it could not load.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    ready = asyncio.ensure_future(client.wait_ready())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting ranks", total=None)
+        while not (await asyncio.wait({ready}, timeout=0.1))[0]:
+            if client.loading is not None:
+                loading = client.loading
+                progress.update(
+                    task, description=f"loading {loading.stage}", completed=loading.done, total=loading.total
+                )
+    return ready.result()
+
+
+def _print_banner(console: Console, info: EngineInfo, url: str, example: str | list[int]) -> None:
+    ranks = len(info.pages_per_rank)
+    pages = sorted(set(info.pages_per_rank))
+    pages_text = f"{pages[0]:,}" if len(pages) == 1 else f"{pages[0]:,} to {pages[-1]:,}"
+    body = json.dumps(
+        {"prompt": example, "max_tokens": 32} | ({} if isinstance(example, str) else {"return_token_ids": True})
+    )
+    kv_bytes = sum(info.pages_per_rank) * info.page_tokens * info.kv_bytes_per_token
+    console.print(
+        f"""\
+  ranks      {ranks} x {info.device}, {info.dtype}, {info.attention} attention
+  KV cache   {pages_text} pages of {info.page_tokens} tokens per rank, {kv_bytes / 2**30:.2f} GiB in all
+  context    up to {info.max_context_tokens:,} tokens (the model's own limit is {info.model_max_tokens:,})
+  serving    [bold]{url}[/]
+
+Try it:
+  curl {url}/v1/completions -H 'content-type: application/json' \\
+    -d '{body}'
+""",
+        soft_wrap=True,
+    )

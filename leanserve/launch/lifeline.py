@@ -1,0 +1,35 @@
+"""No orphans: a process that ends when the one it serves is gone, however that one ended."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["is_alive", "when_gone"]
+
+POLL_S = 0.25
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def when_gone(pid: int, act: Callable[[], object]) -> None:
+    """Call `act` from a daemon thread once process `pid` no longer exists.
+
+    A parent counts as gone when this process has been handed to another one, even before it is reaped.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while is_alive(pid) and not (pid == parent and os.getppid() != parent):
+            time.sleep(POLL_S)
+        act()
+
+    threading.Thread(target=watch, name=f"lifeline-{pid}", daemon=True).start()

@@ -1,0 +1,149 @@
+"""From a checkpoint and options to a rank that can execute steps."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from leanserve.attention.kv_shard import KvShard
+from leanserve.contracts.config import EngineConfig
+from leanserve.contracts.errors import ConfigError
+from leanserve.contracts.kv_sharding import KvSharding
+from leanserve.contracts.messages import EngineInfo
+from leanserve.distributed.ranks import Ranks
+from leanserve.model.architecture import Architecture, read_architecture
+from leanserve.model.decoder import Decoder
+from leanserve.model.weights import load_weights
+from leanserve.worker.device import choose_device, choose_dtype, describe
+from leanserve.worker.memory import kv_budget_bytes, num_pages
+from leanserve.worker.runner import Runner
+
+__all__ = ["LoadedRank", "Place", "load_rank"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the ranks, as torchrun tells it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    agent_pid: int
+
+    @classmethod
+    def from_environment(cls) -> "Place":
+        return cls(
+            rank=int(os.environ["RANK"]),
+            size=int(os.environ["WORLD_SIZE"]),
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+            agent_pid=os.getppid(),
+        )
+
+
+@dataclass(frozen=True)
+class LoadedRank:
+    """A rank that is ready to execute."""
+
+    ranks: Ranks
+    decoder: Decoder
+    shard: KvShard
+    runner: Runner
+    sharding: KvSharding
+    info: EngineInfo
+
+
+def load_rank(
+    place: Place, store: dist.Store, config: EngineConfig, progress: Callable[[int, int], None]
+) -> LoadedRank:
+    """Join the group, load the weights and lay out the pool. Every rank calls it with the same config.
+
+    Args:
+        progress: told (done, total) bytes of weights.
+
+    Raises:
+        ConfigError: an option this machine or model cannot meet.
+        ModelError: the checkpoint cannot be served.
+    """
+    device = choose_device(config.device, place.local_rank, place.local_size, shares_gpu=config.comm == "gloo")
+    backend = config.comm if config.comm != "auto" else ("gloo" if device.type == "cpu" else "nccl")
+    ranks = Ranks.join(rank=place.rank, size=place.size, store=store, backend=backend, device=device)
+
+    model_dir = Path(config.model_dir)
+    architecture = read_architecture(model_dir)
+    dtype = choose_dtype(config.dtype, architecture.checkpoint_dtype, device)
+    decoder = Decoder(architecture, dtype=dtype, device=device)
+    load_weights(decoder, model_dir, progress=progress)
+
+    kv_bytes_per_token = architecture.kv_bytes_per_token(dtype.itemsize)
+    page_bytes = kv_bytes_per_token * config.cache.page_tokens
+    ranks_on_device = place.local_size if config.comm == "gloo" and device.type == "cuda" else 1
+    budget = kv_budget_bytes(
+        config.cache.kv_memory_bytes,
+        device,
+        ranks_on_host=place.local_size,
+        ranks_on_device=ranks_on_device,
+        activation_bytes=_activation_bytes(architecture, config, dtype),
+    )
+    pages_per_rank = ranks.gather_ints(num_pages(budget, page_bytes, config.cache.page_tokens))
+    sharding = KvSharding(page_tokens=config.cache.page_tokens, pages_per_rank=pages_per_rank)
+    shard = KvShard(
+        num_layers=architecture.num_layers,
+        num_pages=pages_per_rank[place.rank],
+        num_kv_heads=architecture.num_kv_heads,
+        page_tokens=config.cache.page_tokens,
+        head_dim=architecture.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    attention = config.attention if config.attention != "auto" else None
+    return LoadedRank(
+        ranks=ranks,
+        decoder=decoder,
+        shard=shard,
+        runner=Runner(decoder, shard, ranks, backend=attention),
+        sharding=sharding,
+        info=EngineInfo(
+            architecture=architecture.describe(),
+            vocab_size=architecture.vocab_size,
+            eos_token_ids=architecture.eos_token_ids,
+            max_context_tokens=_max_context_tokens(config, architecture, sharding),
+            model_max_tokens=architecture.max_positions,
+            page_tokens=config.cache.page_tokens,
+            pages_per_rank=pages_per_rank,
+            kv_bytes_per_token=kv_bytes_per_token,
+            dtype=str(dtype).removeprefix("torch."),
+            device=describe(device),
+            attention=attention or ("portable" if device.type == "cpu" else "triton"),
+        ),
+    )
+
+
+def _activation_bytes(architecture: Architecture, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits."""
+    tokens = config.batch.max_batch_tokens
+    widest = 2 * architecture.intermediate_size + 4 * architecture.hidden_size
+    states = architecture.num_heads * (architecture.head_dim + 1) * 4 * 3
+    logits = config.batch.max_sequences * architecture.vocab_size * 4 * 2
+    return tokens * (widest * dtype.itemsize * 2 + states) + logits
+
+
+def _max_context_tokens(config: EngineConfig, architecture: Architecture, sharding: KvSharding) -> int:
+    wanted = config.cache.max_context_tokens
+    if wanted is None:
+        return min(architecture.max_positions, sharding.total_tokens)
+    if wanted > architecture.max_positions:
+        raise ConfigError(
+            f"max context tokens is {wanted}, but the model's own limit (max_position_embeddings) is "
+            f"{architecture.max_positions}"
+        )
+    if wanted > sharding.total_tokens:
+        raise ConfigError(
+            f"max context tokens is {wanted}, but the KV cache of all ranks holds {sharding.total_tokens} tokens; "
+            "raise --kv-memory or --ranks"
+        )
+    return wanted

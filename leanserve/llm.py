@@ -1,0 +1,305 @@
+"""The offline face: a model on any number of ranks, called from Python. This process needs no torch.
+
+from leanserve import LLM, SamplingParams
+
+with LLM("path/to/model", ranks=2) as llm:
+    for result in llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=32)):
+        print(result.outputs[0].text)
+"""
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from leanserve.contracts.errors import EngineError, RequestError, RequestTooLongError
+from leanserve.contracts.messages import EngineInfo
+from leanserve.contracts.sampling import FinishReason, SamplingParams
+from leanserve.launch.engine_group import EngineGroup, make_run_dir
+from leanserve.launch.options import LaunchOptions
+from leanserve.server.detokenizer import TextStream
+from leanserve.server.engine_client import EngineLoad
+from leanserve.server.tokenizer import Tokenizer
+
+__all__ = ["LLM", "CompletionOutput", "Prompt", "RequestOutput", "print_completion"]
+
+Prompt = str | Mapping[str, Sequence[int]]
+"""Text, or {"prompt_token_ids": [...]}."""
+
+
+@dataclass
+class CompletionOutput:
+    """One completion."""
+
+    token_ids: list[int]
+    text: str
+    """Empty where the checkpoint has no tokenizer files."""
+    finish_reason: FinishReason
+    index: int = 0
+
+
+@dataclass
+class RequestOutput:
+    """One prompt and what was generated from it."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a running completion."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+
+
+class LLM:
+    """A model on ranks of its own, started here and ended by `close()` (or at the end of a `with` block).
+
+    Args:
+        model: a checkpoint directory or a hub id; None is the bundled model.
+        options: keywords of `LaunchOptions`: ranks, dtype, device, comm, attention, page_tokens, kv_memory,
+            max_context_tokens, max_batch_tokens, max_sequences.
+
+    Raises:
+        ConfigError, ModelError: an option or the checkpoint is wrong.
+        EngineError: the ranks could not start.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        try:
+            launch = LaunchOptions(model=None if model is None else str(model), **options)
+        except TypeError:
+            allowed = [name for name in LaunchOptions.__dataclass_fields__ if name != "model"]
+            unknown = sorted(set(options) - set(allowed))
+            raise TypeError(f"LLM has no option {', '.join(unknown)}; options are {', '.join(allowed)}") from None
+        model_dir = launch.find_model()
+        num_ranks, _ = launch.count_ranks()
+        config = launch.engine_config(model_dir)
+        self._tokenizer = Tokenizer.from_dir(model_dir)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="leanserve", daemon=True)
+        self._thread.start()
+        self._closed = False
+        self._group = EngineGroup(config, num_ranks=num_ranks, run_dir=make_run_dir())
+        try:
+            self.info: EngineInfo = self._run(self._start()).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all at once; results come in the order of the prompts.
+
+        Args:
+            prompts: one or many; a string, or `{"prompt_token_ids": [...]}`.
+            sampling_params: one for all, or one per prompt; None is the default `SamplingParams()`.
+            use_tqdm: draw a progress bar on a terminal when there are several prompts.
+
+        Raises:
+            RequestError: a prompt cannot be served; nothing was generated.
+            EngineError: the engine failed.
+        """
+        many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = self._params_for(many, sampling_params)
+        checked = [self._check(prompt, sampling) for prompt, sampling in zip(many, params, strict=True)]
+        with self._progress(len(many), enabled=use_tqdm) as advance:
+            pending = [
+                self._run(self._complete(token_ids, sampling, advance))
+                for token_ids, sampling in zip(checked, params, strict=True)
+            ]
+            try:
+                outputs = [future.result() for future in pending]
+            except BaseException:
+                for future in pending:
+                    future.cancel()
+                raise
+        return [
+            RequestOutput(prompt if isinstance(prompt, str) else None, token_ids, [output])
+            for prompt, token_ids, output in zip(many, checked, outputs, strict=True)
+        ]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Complete one prompt, piece by piece as it is generated. Leaving the loop early stops the request."""
+        sampling = sampling_params or SamplingParams()
+        token_ids = self._check(prompt, sampling)
+        queue: SimpleQueue[Delta | BaseException | None] = SimpleQueue()
+
+        async def pump() -> None:
+            try:
+                async for delta in self._deltas(token_ids, sampling):
+                    queue.put(delta)
+                queue.put(None)
+            except BaseException as error:
+                queue.put(error)
+                raise
+
+        pumping = self._run(pump())
+        try:
+            while (item := queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            pumping.cancel()
+
+    @property
+    def load(self) -> EngineLoad:
+        """What the engine said of itself with its newest step: running, waiting, pages used per rank."""
+        return self._group.client.load
+
+    def close(self) -> None:
+        """End the ranks and free what they held. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._run(self._group.close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and not sys.is_finalizing():
+            with suppress(Exception):
+                self.close()
+
+    def _run(self, coroutine: Any) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _start(self) -> EngineInfo:
+        await self._group.start()
+        return await self._group.wait_ready()
+
+    def _params_for(
+        self, prompts: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if given is None or isinstance(given, SamplingParams):
+            return [given or SamplingParams()] * len(prompts)
+        if len(given) != len(prompts):
+            raise RequestError(f"{len(given)} sampling params for {len(prompts)} prompts; give one, or one per prompt")
+        return list(given)
+
+    def _check(self, prompt: Prompt, sampling: SamplingParams) -> list[int]:
+        """Token ids of a prompt that can be served."""
+        if self._closed:
+            raise EngineError("this LLM is closed")
+        if isinstance(prompt, str):
+            token_ids = self._require_tokenizer("a text prompt").encode(prompt)
+        else:
+            if set(prompt) != {"prompt_token_ids"}:
+                raise RequestError(
+                    f'a prompt is a string or {{"prompt_token_ids": [...]}}, not a dict of {list(prompt)}'
+                )
+            token_ids = [int(token_id) for token_id in prompt["prompt_token_ids"]]
+        if not token_ids:
+            raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
+        outside = next((t for t in token_ids if not 0 <= t < self.info.vocab_size), None)
+        if outside is not None:
+            raise RequestError(
+                f"token id {outside} is outside the vocabulary of {self.info.vocab_size}", param="prompt"
+            )
+        if sampling.stop:
+            self._require_tokenizer("stop strings")
+        total = len(token_ids) + sampling.max_tokens
+        if total > self.info.max_context_tokens:
+            raise RequestTooLongError(
+                f"prompt of {len(token_ids)} tokens + max_tokens of {sampling.max_tokens} = {total}, above the limit "
+                f"of {self.info.max_context_tokens}"
+            )
+        return token_ids
+
+    def _require_tokenizer(self, what: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RequestError(
+                f'{what} needs a tokenizer, and the checkpoint has none; give {{"prompt_token_ids": [...]}}',
+                param="prompt",
+            )
+        return self._tokenizer
+
+    async def _deltas(self, token_ids: list[int], sampling: SamplingParams) -> AsyncIterator[Delta]:
+        text = None if self._tokenizer is None else TextStream(self._tokenizer, stop=sampling.stop)
+        async for output in self._group.client.generate(token_ids, sampling):
+            new_text, stopped = ("", False) if text is None else text.push(output.token_ids)
+            if stopped:
+                yield Delta(new_text, output.token_ids, "stop")
+                return
+            if output.finish_reason is not None and text is not None:
+                new_text += text.finish()
+            yield Delta(new_text, output.token_ids, output.finish_reason)
+
+    async def _complete(self, token_ids: list[int], sampling: SamplingParams, advance: Any) -> CompletionOutput:
+        output = CompletionOutput(token_ids=[], text="", finish_reason="")
+        async for delta in self._deltas(token_ids, sampling):
+            output.token_ids += delta.token_ids
+            output.text += delta.text
+            output.finish_reason = delta.finish_reason or ""
+        advance()
+        return output
+
+    def _progress(self, total: int, *, enabled: bool) -> "_ProgressBar":
+        return _ProgressBar(total, enabled=enabled and total > 1)
+
+
+class _ProgressBar:
+    """Finished prompts, on a terminal."""
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self._progress = Progress(
+            *columns, console=console, transient=True, disable=not (enabled and console.is_terminal)
+        )
+        self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> Any:
+        self._progress.start()
+        return lambda: self._progress.advance(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def print_completion(llm: LLM, prompt: Prompt, sampling: SamplingParams) -> None:
+    """Write a completion to standard output as it is generated, and its speed to standard error."""
+    started = time.perf_counter()
+    first_token_s, tokens = None, 0
+    for delta in llm.stream(prompt, sampling):
+        if first_token_s is None:
+            first_token_s = time.perf_counter() - started
+        tokens += len(delta.token_ids)
+        sys.stdout.write(delta.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    decode_s = time.perf_counter() - started - (first_token_s or 0.0)
+    rate = f", then {(tokens - 1) / decode_s:.1f} tokens/s" if tokens > 1 else ""
+    Console(stderr=True, highlight=False).print(
+        f"[dim]{tokens} tokens, the first after {first_token_s or 0.0:.2f} s{rate}[/]"
+    )

@@ -1,0 +1,59 @@
+"""Puts the HTTP face together."""
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from leanserve import __version__
+from leanserve.contracts.errors import LeanServeError
+from leanserve.server.engine_client import EngineClient
+from leanserve.server.errors import error_reply, plain_reply
+from leanserve.server.middleware import BodyLimit, RequestBoundary
+from leanserve.server.routes import build_router
+from leanserve.server.serving import Serving
+from leanserve.server.settings import ServerSettings
+from leanserve.server.tokenizer import Tokenizer
+
+__all__ = ["create_app"]
+
+
+def create_app(client: EngineClient, tokenizer: Tokenizer | None, settings: ServerSettings) -> FastAPI:
+    """The ASGI application. `app.state.serving` is its `Serving`.
+
+    Args:
+        client: started, in the event loop that will serve the application.
+        tokenizer: None serves token ids only.
+        settings: names and limits.
+    """
+    serving = Serving(client, tokenizer, settings)
+    app = FastAPI(
+        title="LeanServe",
+        version=__version__,
+        docs_url=None,  # both pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.serving = serving
+    app.include_router(build_router(serving))
+    app.add_exception_handler(LeanServeError, _ours)
+    app.add_exception_handler(HTTPException, _of_the_router)
+    app.add_exception_handler(RequestValidationError, _of_a_path)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(RequestBoundary, serving=serving)  # the outermost
+    return app
+
+
+async def _ours(_: Request, error: Exception) -> Response:
+    return error_reply(error).response()
+
+
+async def _of_the_router(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    detail = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    return plain_reply(error.status_code, detail, dict(error.headers or {})).response()
+
+
+async def _of_a_path(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return plain_reply(400, "a parameter in the path or the query is wrong").response()

@@ -1,0 +1,135 @@
+"""A port, and uvicorn on it: h11 (which limits headers), nobody's signal handlers, an end within bounded time."""
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Generator
+
+import h11
+import orjson
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from leanserve.contracts.errors import ConfigError
+from leanserve.server.errors import plain_reply
+from leanserve.server.serving import Serving
+
+__all__ = ["bind_socket", "serve_http"]
+
+_MAX_HEADER_BYTES = 32 << 10
+_IDLE_CONNECTION_S = 75
+"""Longer than the 60 s after which load balancers drop idle connections: the server must not be the first to close."""
+_UNREAD_MS = 120_000
+"""A connection whose peer has taken nothing for so long is cut by the kernel."""
+_CLOSE_S = 2
+"""For connections to close once no request is live."""
+_BACKLOG = 2048
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Take the port, before anything slow begins. Connections wait until `serve_http` answers them.
+
+    Args:
+        port: 0 takes a free one; `getsockname()` tells it.
+
+    Raises:
+        ConfigError: the port is taken or not allowed, or the address is not this machine's.
+    """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}; it must be from 0 (any free one) to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(f"host {host!r}, port {port} is not an address: {error}") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
+        listener.bind(address)
+        listener.listen(_BACKLOG)  # only this shuts others out: two sockets may be bound to one port
+    except OSError as error:
+        listener.close()
+        raise ConfigError(_why_not(error, host, port)) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _why_not(error: OSError, host: str, port: int) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return (
+                f"port {port} on {host} is taken, perhaps by another server still running here (to see it: "
+                f"lsof -i :{port}); stop it, or choose another port with --port"
+            )
+        case errno.EACCES:
+            return f"port {port} needs more rights than this user has; choose one of 1024 or above with --port"
+        case errno.EADDRNOTAVAIL:
+            return f"{host} is not an address of this machine; use 127.0.0.1, 0.0.0.0 or one of its own with --host"
+        case _:
+            return f"cannot listen on {host}, port {port}: {error}"
+
+
+async def serve_http(app: FastAPI, listener: socket.socket, *, stop: asyncio.Event, grace_s: float = 30.0) -> None:
+    """Serve until `stop` is set; then refuse new requests, let live ones finish, and close.
+
+    Signal handlers are the caller's: set `stop` from them.
+
+    Args:
+        grace_s: after so long, requests still live get an error. A few seconds later this returns, whatever clients do.
+    """
+    serving: Serving = app.state.serving
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        timeout_keep_alive=_IDLE_CONNECTION_S,
+        timeout_graceful_shutdown=_CLOSE_S,
+        backlog=_BACKLOG,
+    )
+    server = _Server(config)
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await serving.drain(grace_s)
+    finally:
+        server.should_exit = True
+        stopping.cancel()
+        await running
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class _Protocol(H11Protocol):
+    """Answers what is not HTTP with our error object too."""
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = orjson.dumps(plain_reply(400, msg).body())
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

@@ -1,0 +1,136 @@
+"""What surrounds every request, as plain ASGI (wrappers that copy the response break disconnects and streaming)."""
+
+import asyncio
+import re
+import time
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from leanserve.server.errors import BodyTooLargeError, DeadlineError, ErrorReply, error_reply
+from leanserve.server.logs import access_logger, log_internal_error, printable
+from leanserve.server.serving import Serving
+
+__all__ = ["BodyLimit", "RequestBoundary"]
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_LINGER_S = 1.0
+"""A refused body is still read for so long: a client busy sending would lose the answer to a closed connection."""
+
+
+class RequestBoundary:
+    """Gives a request its id, logs it without its content, and turns whatever escapes into a 500 that says nothing."""
+
+    def __init__(self, app: ASGIApp, serving: Serving) -> None:
+        self._app = app
+        self._serving = serving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+        began = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            self._serving.counts["disconnects"] += 1
+        except Exception as error:
+            log_internal_error(error)
+            if status == 0:
+                await error_reply(error).response()(scope, receive, send_with_id)
+            else:
+                raise RuntimeError("an answer broke off; the cause is logged above") from None
+        finally:
+            self._serving.counts[f"status_{status or 499}"] += 1
+            access_logger.info(
+                "%s %s %s %.3fs id=%s",
+                printable(scope["method"]),
+                printable(scope["path"]),
+                status or 499,
+                time.perf_counter() - began,
+                request_id,
+            )
+
+
+class BodyLimit:
+    """Refuses bodies that are too long, declared or chunked, or too slow, before they are kept."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._max_bytes):
+            await _refuse(error_reply(BodyTooLargeError(self._max_bytes)), receive, send)
+            return
+        seen = 0
+        is_complete = False
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        refusal: ErrorReply | None = None
+
+        async def limited_receive() -> Message:
+            nonlocal seen, is_complete
+            if is_complete:  # from here on it only tells of a disconnect
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise _Refused(
+                    DeadlineError(f"the body had not arrived after {self._timeout_s:g} s", code="timeout")
+                ) from None
+            seen += len(message.get("body", b""))
+            if seen > self._max_bytes:
+                raise _Refused(BodyTooLargeError(self._max_bytes))
+            is_complete = not message.get("more_body", False)
+            return message
+
+        try:
+            await self._app(scope, limited_receive, send)
+        except _Refused as error:
+            refusal = error_reply(error.reason)
+        if refusal is not None:
+            await _refuse(refusal, receive, send)
+
+
+class _Refused(BaseException):
+    """Passes through every handler of the application, which has not begun to answer while it reads the body."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+async def _refuse(reply: ErrorReply, receive: Receive, send: Send) -> None:
+    """Answer, go on reading for a moment, then close the connection."""
+    response = reply.response()
+    response.headers["Connection"] = "close"
+    await send({"type": "http.response.start", "status": reply.status, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    try:
+        async with asyncio.timeout(_LINGER_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    break
+    except TimeoutError:
+        pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,178 @@
+"""What every route shares: the engine, the tokenizer, the settings, and what may still come in."""
+
+import asyncio
+import time
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from leanserve.contracts.errors import OverloadedError, RequestError, RequestTooLongError
+from leanserve.contracts.messages import EngineInfo
+from leanserve.contracts.sampling import SamplingParams
+from leanserve.server.engine_client import EngineClient
+from leanserve.server.errors import NotFoundError
+from leanserve.server.protocol import CompletionRequest
+from leanserve.server.settings import ServerSettings
+from leanserve.server.tokenizer import Tokenizer
+
+__all__ = ["Prompt", "Serving", "check_token_ids"]
+
+_IDS_AT_ONCE = 1 << 16
+"""Token ids checked and packed between two turns of the event loop: about 3 ms."""
+
+_CONTEXT_IDS = 16
+"""Prompt ids kept for the detokenizer."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the engine takes it."""
+
+    token_ids: bytes
+    """int32, native byte order."""
+    num_tokens: int
+    last_token_ids: list[int]
+
+
+class Serving:
+    """One model behind one HTTP face. Belongs to the event loop it serves in."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer | None, settings: ServerSettings) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.created = int(time.time())
+        self.is_draining = False
+        self.counts: Counter[str] = Counter()
+        """`unknown_fields`, `disconnects`, and `status_NNN` of answers."""
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.model_names[0]
+
+    def check_serving(self) -> None:
+        """Raises: OverloadedError while the server loads or drains, EngineError when the engine is gone."""
+        if self.is_draining:
+            raise OverloadedError("the server is shutting down; try another, or later", retry_after_s=5)
+        self.client.check_ready()
+
+    def admit(self, num_prompts: int) -> EngineInfo:
+        """The engine's facts, if so many prompts may come in now.
+
+        Raises:
+            OverloadedError: the server is loading, draining or full.
+            EngineError: the engine is gone.
+        """
+        self.check_serving()
+        if self.client.live_requests + num_prompts > self.settings.max_live_requests:
+            raise OverloadedError(
+                f"{self.client.live_requests} prompts are waiting or running and {num_prompts} more came; "
+                f"the limit is {self.settings.max_live_requests}, try again soon"
+            )
+        assert self.client.info is not None
+        return self.client.info
+
+    def check_model(self, name: str | None) -> None:
+        """Raises: NotFoundError for a model that is not served here."""
+        if name is not None and name not in self.settings.model_names:
+            served = ", ".join(self.settings.model_names)
+            raise NotFoundError(
+                f"the model {name[:200]!r} is not served here; this server has {served}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def prepare(self, request: CompletionRequest, sampling: SamplingParams, info: EngineInfo) -> list[Prompt]:
+        """Tokenize and check all prompts of a request.
+
+        Raises:
+            RequestError: text without a tokenizer, too many prompts, an empty one, an id out of the vocabulary.
+            RequestTooLongError: a prompt that can never fit with its max_tokens.
+        """
+        prompts = request.prompts()
+        if len(prompts) > self.settings.max_prompts:
+            raise RequestError(
+                f"prompt holds {len(prompts)} prompts; at most {self.settings.max_prompts} fit in one request",
+                param="prompt",
+                code="too_many_prompts",
+            )
+        if sampling.stop and self.tokenizer is None:
+            raise RequestError(
+                "stop strings need text, and this model has no tokenizer; use stop_token_ids",
+                param="stop",
+                code="no_tokenizer",
+            )
+        check_token_ids(sampling.stop_token_ids, info.vocab_size, "stop_token_ids")
+        prepared: list[Prompt] = []
+        for token_ids in await self._token_id_lists(prompts, request.add_special_tokens is not False, sampling, info):
+            if len(token_ids) + sampling.max_tokens > info.max_context_tokens:
+                raise _too_long(f"{len(token_ids)} tokens", len(token_ids), sampling, info)
+            packed = await _pack(token_ids, info.vocab_size)
+            prepared.append(Prompt(packed, len(token_ids), token_ids[-_CONTEXT_IDS:]))
+        return prepared
+
+    def text_tokenizer(self) -> Tokenizer:
+        """Raises: RequestError where the model has no tokenizer."""
+        if self.tokenizer is None:
+            raise RequestError(
+                "this model has no tokenizer (its checkpoint has no tokenizer.json), so it takes token ids only: "
+                'send prompt as a list of ids, with "return_token_ids": true',
+                param="prompt",
+                code="no_tokenizer",
+            )
+        return self.tokenizer
+
+    async def drain(self, grace_s: float) -> None:
+        """Let nobody in, give live requests `grace_s` to finish, then end the rest with an error."""
+        self.is_draining = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace_s
+        while self.client.live_requests and loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        self.client.end_all("the server is shutting down")
+
+    async def _token_id_lists(
+        self, prompts: list[str] | list[list[int]], add_special_tokens: bool, sampling: SamplingParams, info: EngineInfo
+    ) -> list[list[int]]:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if not texts:
+            return [prompt for prompt in prompts if not isinstance(prompt, str)]
+        tokenizer = self.text_tokenizer()
+        for text in texts:
+            fewest = len(text) // tokenizer.max_token_chars
+            if fewest + sampling.max_tokens > info.max_context_tokens:
+                raise _too_long(f"{len(text)} characters, at least {fewest} tokens,", fewest, sampling, info)
+        token_id_lists = await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens)
+        if not all(token_id_lists):
+            raise RequestError("prompt is text without a single token", param="prompt", code="empty_prompt")
+        return token_id_lists
+
+
+async def _pack(token_ids: list[int], vocab_size: int) -> bytes:
+    packed: array[int] = array("i")
+    for start in range(0, len(token_ids), _IDS_AT_ONCE):
+        if start:
+            await asyncio.sleep(0)
+        part = token_ids[start : start + _IDS_AT_ONCE]
+        check_token_ids(part, vocab_size, "prompt")
+        packed.fromlist(part)
+    return packed.tobytes()
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises: RequestError for ids that the vocabulary lacks, whatever their size."""
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise RequestError(
+            f"{param} holds token id {wrong}; this model's vocabulary is 0 to {vocab_size - 1}",
+            param=param,
+            code="invalid_token_id",
+        )
+
+
+def _too_long(seen: str, tokens: int, sampling: SamplingParams, info: EngineInfo) -> RequestTooLongError:
+    return RequestTooLongError(
+        f"the prompt has {seen} and max_tokens is {sampling.max_tokens}: {tokens + sampling.max_tokens} tokens, but "
+        f"the limit is {info.max_context_tokens}; shorten the prompt or lower max_tokens"
+    )

@@ -1,0 +1,107 @@
+"""Text to token ids and back, through the `tokenizers` library alone: transformers' tokenizer classes import torch."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import tokenizers
+
+from leanserve.contracts.errors import CheckpointError
+
+__all__ = ["Tokenizer"]
+
+_NAMED_SPECIAL_TOKENS = re.compile(r"[a-z0-9_]+_token")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, with the ids that transformers' PreTrainedTokenizerFast gives for the same files."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self.backend = backend
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.max_token_chars = max((len(token) for token in backend.get_vocab(with_added_tokens=True)), default=1)
+        """Characters of the longest token: a text has at least len(text) / max_token_chars tokens."""
+
+    @classmethod
+    def from_dir(cls, model_dir: str | Path) -> "Tokenizer | None":
+        """Read tokenizer.json and tokenizer_config.json; None when the checkpoint has no tokenizer.json.
+
+        Raises:
+            CheckpointError: a file that cannot be read.
+        """
+        directory = Path(model_dir)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from error
+        config = _read_json(directory / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:
+            config |= _read_json(directory / "special_tokens_map.json")
+        _apply_config(backend, config)
+        return cls(backend)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Long texts belong in a thread; this entry of the library gives up the GIL meanwhile."""
+        return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`; ids without a token are skipped."""
+        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}; it must hold an object")
+    return cast("dict[str, Any]", content)
+
+
+def _apply_config(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """Bring the backend to what transformers makes of tokenizer_config.json.
+
+    `add_bos_token` and `add_eos_token` say nothing beside a tokenizer.json: its own template decides.
+    """
+    backend.no_truncation()  # a training-time setting saved with the file; never cut a prompt silently
+    backend.no_padding()
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    listed = cast("dict[str, Any]", config.get("added_tokens_decoder") or {})
+    added: list[tokenizers.AddedToken] = []
+    for _, entry in sorted(listed.items(), key=lambda item: int(item[0])):
+        token = _added_token(entry)
+        if token is not None and token.content not in known:
+            added.append(token)
+    backend.add_tokens(added)  # pyright: ignore[reportUnknownMemberType]
+    special = [_added_token(value) for key, value in config.items() if _NAMED_SPECIAL_TOKENS.fullmatch(key)]
+    extra: Any = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    is_named = isinstance(extra, dict)
+    special += [_added_token(value) for value in cast("list[Any]", [*(extra.values() if is_named else extra)])]
+    named = [token for token in special if token is not None]
+    backend.add_special_tokens(named)  # pyright: ignore[reportUnknownMemberType]
+    backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+
+
+def _added_token(value: object) -> tokenizers.AddedToken | None:
+    """A token as tokenizer_config.json writes it: a string, or an object with its flags."""
+    if isinstance(value, str):
+        return tokenizers.AddedToken(value, special=True, normalized=False)
+    if isinstance(value, dict):
+        entry = cast("dict[str, Any]", value)
+        if isinstance(entry.get("content"), str):
+            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            return tokenizers.AddedToken(entry["content"], **{flag: entry[flag] for flag in flags if flag in entry})
+    return None

@@ -1,0 +1,1 @@
+"""One rank's device: step messages in, sampled tokens out."""

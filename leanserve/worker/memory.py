@@ -1,0 +1,71 @@
+"""How many bytes of KV cache a rank may hold."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from leanserve.contracts.errors import ConfigError
+
+__all__ = ["kv_budget_bytes", "num_pages"]
+
+GIB = 1 << 30
+CPU_KV_LIMIT_BYTES = 4 * GIB
+CPU_KV_SHARE = 0.25
+GPU_MEMORY_SHARE = 0.90
+"""Of a GPU's memory, what weights, activations and KV may take together."""
+
+
+def available_host_bytes() -> int:
+    """Free host memory; a cgroup's limit counts where it is lower."""
+    free = _free_bytes()
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(free, 0)
+
+
+def _free_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # no /proc: half of what is installed
+
+
+def kv_budget_bytes(
+    wanted: int | None, device: torch.device, *, ranks_on_host: int, ranks_on_device: int, activation_bytes: int
+) -> int:
+    """KV bytes of one rank, after the model is loaded.
+
+    Args:
+        wanted: the user's `--kv-memory` per rank, taken as it is.
+        activation_bytes: what one step needs beside weights and KV on a GPU.
+    """
+    if wanted is not None:
+        return wanted
+    if device.type == "cpu":
+        return int(min(CPU_KV_LIMIT_BYTES, available_host_bytes() * CPU_KV_SHARE)) // ranks_on_host
+    free, total = torch.cuda.mem_get_info(device)
+    spare = free - int(total * (1 - GPU_MEMORY_SHARE))
+    return spare // ranks_on_device - activation_bytes
+
+
+def num_pages(budget_bytes: int, page_bytes: int, page_tokens: int) -> int:
+    """Whole pages in a budget.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    pages = budget_bytes // page_bytes
+    if pages < 1:
+        raise ConfigError(
+            f"KV memory of {max(budget_bytes, 0) / 2**20:.1f} MiB holds no page: a page of {page_tokens} tokens takes "
+            f"{page_bytes / 2**20:.2f} MiB; raise --kv-memory, lower --page-tokens, or use more ranks"
+        )
+    return min(pages, 2**31 - 1)  # page ids are int32

@@ -1,0 +1,99 @@
+"""Logits -> next tokens. One uniform number per token, a function of (seed, index) alone.
+
+So a seeded request draws the same numbers alone or in a crowd, on any rank count, before and after a preemption.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from leanserve.contracts.sampling import SamplingParams
+
+__all__ = ["Draw", "sample", "uniform"]
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one row needs to be sampled."""
+
+    sampling: SamplingParams
+    seed: int
+    index: int
+    """How many tokens the request generated before this one."""
+
+
+def _splitmix64(state: int) -> int:
+    """One output of splitmix64 (Steele, Lea, Flood 2014) for this 64-bit state."""
+    z = (state + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def uniform(seed: int, index: int) -> float:
+    """The index-th number in [0, 1) of the stream that `seed` names; 53 random bits."""
+    return (_splitmix64(_splitmix64(seed & _MASK) ^ index) >> 11) * 2.0**-53
+
+
+def sample(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """Next token of each row: int64 [M].
+
+    Temperature 0 takes the largest logit, ties to the lowest id. Otherwise, in this order: divide by temperature,
+    keep the top_k most likely, of those the smallest set that reaches top_p, of those the ones with at least min_p
+    times the largest probability; then invert the cumulative distribution at the row's uniform number.
+
+    Args:
+        logits_MV: float32.
+    """
+    tokens_M = torch.argmax(logits_MV, dim=-1)
+    # Which way a row goes must depend on the row alone: the two draw from differently ordered distributions.
+    random = [m for m, draw in enumerate(draws) if not draw.sampling.is_greedy]
+    for draw_rows, rows in (
+        (_draw_from_all, [m for m in random if not _truncates(draws[m].sampling)]),
+        (_draw_from_likely, [m for m in random if _truncates(draws[m].sampling)]),
+    ):
+        if rows:
+            tokens_M[rows] = draw_rows(logits_MV[rows], [draws[m] for m in rows])
+    return tokens_M
+
+
+def _truncates(sampling: SamplingParams) -> bool:
+    return sampling.top_k is not None or sampling.top_p < 1 or sampling.min_p > 0
+
+
+def _draw_from_all(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    return _invert(_probabilities(logits_MV, draws), draws)
+
+
+def _draw_from_likely(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    vocab_size, device = logits_MV.shape[1], logits_MV.device
+    params = [draw.sampling for draw in draws]
+    probs_MV, ids_MV = torch.sort(_probabilities(logits_MV, draws), dim=-1, descending=True, stable=True)
+    top_k = _column([p.top_k or vocab_size for p in params], device)
+    probs_MV = probs_MV.masked_fill(torch.arange(vocab_size, device=device) >= top_k, 0.0)
+    probs_MV = probs_MV / probs_MV.sum(dim=-1, keepdim=True)
+    # A token stays while the mass before it is below top_p, so the most likely one always stays.
+    before_MV = probs_MV.cumsum(dim=-1) - probs_MV
+    probs_MV = probs_MV.masked_fill(before_MV >= _column([p.top_p for p in params], device), 0.0)
+    floor_M1 = _column([p.min_p for p in params], device) * probs_MV[:, :1]
+    probs_MV = probs_MV.masked_fill(probs_MV < floor_M1, 0.0)
+    return ids_MV.gather(1, _invert(probs_MV, draws).unsqueeze(1)).squeeze(1)
+
+
+def _probabilities(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    temperature_M1 = _column([draw.sampling.temperature for draw in draws], logits_MV.device)
+    return torch.softmax(logits_MV.double() / temperature_M1, dim=-1)
+
+
+def _invert(probs_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """The first place of each row whose cumulative mass exceeds the row's number; never one without mass."""
+    cumulative_MV = probs_MV.cumsum(dim=-1)
+    numbers_M1 = _column([uniform(draw.seed, draw.index) for draw in draws], probs_MV.device)
+    places_M1 = torch.searchsorted(cumulative_MV, numbers_M1 * cumulative_MV[:, -1:], right=True)
+    return places_M1.squeeze(1).clamp_(max=probs_MV.shape[1] - 1)
+
+
+def _column(values: list[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)

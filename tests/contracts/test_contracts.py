@@ -1,0 +1,92 @@
+"""Data that rooms exchange: checked once, and the same after a trip over the wire."""
+
+import math
+
+import pytest
+
+from leanserve.contracts import errors
+from leanserve.contracts.batch import Batch, NewSequence, Row, step_checksum
+from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
+from leanserve.contracts.errors import ConfigError, RequestError
+from leanserve.contracts.kv_sharding import KvSharding, PageGrant
+from leanserve.contracts.messages import Configure, Submit, decode_to_engine, encode
+from leanserve.contracts.sampling import SamplingParams
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0},
+        {"max_tokens": 1.5},
+        {"max_tokens": True},
+        {"temperature": -0.1},
+        {"temperature": 2.1},
+        {"temperature": math.nan},
+        {"temperature": "hot"},
+        {"top_p": 0},
+        {"top_p": 1.01},
+        {"top_k": -2},
+        {"min_p": -0.5},
+        {"min_p": math.inf},
+        {"seed": 2**63},
+        {"stop": [""]},
+        {"stop": ["x"] * 17},
+        {"stop_token_ids": [-1]},
+    ],
+    ids=str,
+)
+def test_a_wrong_sampling_value_names_its_field(wrong):
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**wrong)
+    (field,) = wrong
+    assert caught.value.param == field
+    assert field in str(caught.value)
+
+
+def test_common_spellings():
+    assert SamplingParams(stop="x").stop == ("x",)
+    assert SamplingParams(stop=["x", "y"]).stop == ("x", "y")
+    assert SamplingParams(top_k=-1).top_k is None
+    assert SamplingParams(top_k=0).top_k is None
+
+
+def test_messages_survive_the_wire():
+    config = EngineConfig(model_dir="m", cache=CacheOptions(page_tokens=16, kv_memory_bytes=9), batch=BatchOptions())
+    submit = Submit("r", b"\1\0\0\0", SamplingParams(temperature=0, stop=("a",), seed=-5))
+    for message in (Configure(config, 7), submit):
+        assert decode_to_engine(encode(message)) == message
+
+
+def test_a_step_message_is_small_however_long_the_context():
+    def size(context_tokens: int) -> int:
+        rows = [Row(i, context_tokens, 1, True) for i in range(256)]
+        return len(encode(Batch(5, [], [], [PageGrant(1, context_tokens // 64, 0, 3)], rows, 4, 99)))
+
+    assert size(1_000_000) - size(100) <= 256 * 5  # only the width of a number grows
+
+
+def test_a_new_sequence_carries_its_tokens_as_bytes():
+    new = NewSequence(1, bytes(4 * 1_000_000), 1_000_000, SamplingParams(), 0)
+    assert len(encode(new)) < 4 * 1_000_000 + 100
+
+
+def test_the_checksum_depends_on_step_tokens_and_order():
+    values = {step_checksum(*args) for args in [(1, [2, 3]), (1, [3, 2]), (2, [2, 3]), (1, [2]), (1, [])]}
+    assert len(values) == 5
+
+
+def test_sharding_counts_pages():
+    sharding = KvSharding(page_tokens=16, pages_per_rank=(3, 5))
+    assert (sharding.num_ranks, sharding.total_tokens) == (2, 128)
+    assert [sharding.pages_for(t) for t in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "int8"}, {"device": "tpu"}, {"comm": "mpi"}, {"attention": "fast"}])
+def test_a_wrong_choice_lists_the_right_ones(wrong):
+    with pytest.raises(ConfigError, match="allowed are auto"):
+        EngineConfig(model_dir="m", **wrong)
+
+
+def test_the_errors_are_those_of_the_drawing():
+    for name in errors.__all__:
+        assert name in (errors.__doc__ or ""), f"{name} is missing from the tree in the docstring"

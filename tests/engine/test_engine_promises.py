@@ -1,0 +1,69 @@
+"""Random lives: arrivals, lengths, aborts, and pools so small that preemption happens. `CheckedRun` checks them."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.workload import CheckedRun, toy_submit
+from leanserve.contracts.config import BatchOptions
+from leanserve.contracts.kv_sharding import KvSharding
+
+shardings = st.builds(
+    KvSharding,
+    page_tokens=st.sampled_from([1, 2, 3, 8]),
+    pages_per_rank=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(sum).map(tuple),
+)
+options = st.builds(BatchOptions, max_batch_tokens=st.integers(1, 24), max_sequences=st.integers(1, 6))
+arrivals = st.tuples(st.just("submit"), st.integers(1, 30), st.integers(1, 24), st.booleans())
+aborts = st.tuples(st.just("abort"), st.integers(0, 40))
+steps = st.tuples(st.just("step"), st.integers(1, 12))
+
+
+@settings(max_examples=600, deadline=None)
+@given(shardings, options, st.lists(st.one_of(arrivals, arrivals, steps, aborts), max_size=40))
+def test_every_request_ends_once_with_the_tokens_it_gets_alone(
+    sharding: KvSharding, options: BatchOptions, events: list[tuple]
+) -> None:
+    run = CheckedRun(sharding, options)
+    for number, event in enumerate(events):
+        if event[0] == "submit":
+            _, prompt_tokens, max_tokens, ignore_eos = event
+            fits = prompt_tokens + max_tokens <= sharding.total_tokens
+            request = toy_submit(number, prompt_tokens, max_tokens, ignore_eos=ignore_eos)
+            assert run.submit(request) == fits
+        elif event[0] == "abort":
+            run.abort(f"r{event[1]}")
+        else:
+            for _ in range(event[1]):
+                run.step()
+    run.finish(max_steps=20_000)
+
+
+@pytest.mark.parametrize(
+    ("pages_per_rank", "page_tokens", "max_batch_tokens", "max_sequences"),
+    [((40,), 4, 32, 16), ((9, 0, 14, 11), 4, 16, 16), ((5, 5, 5), 8, 7, 5), ((30, 30), 1, 64, 64)],
+    ids=["one-rank", "uneven-with-an-empty-rank", "budget-7", "page-1"],
+)
+def test_a_long_crowded_life(
+    pages_per_rank: tuple[int, ...], page_tokens: int, max_batch_tokens: int, max_sequences: int
+) -> None:
+    rng = random.Random(5)
+    run = CheckedRun(
+        KvSharding(page_tokens=page_tokens, pages_per_rank=pages_per_rank),
+        BatchOptions(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences),
+    )
+    number = 0
+    while run.scheduler.step < 2500:
+        while run.scheduler.num_waiting < 8:
+            number += 1
+            prompt_tokens = rng.randint(1, 30)
+            fill = rng.random() < 0.1
+            max_tokens = run.sharding.total_tokens - prompt_tokens if fill else rng.randint(1, 30)
+            run.submit(toy_submit(number, prompt_tokens, max_tokens, ignore_eos=rng.random() < 0.5))
+        if rng.random() < 0.05:
+            run.abort(f"r{rng.randint(max(1, number - 20), number)}")
+        run.step()
+    run.finish(max_steps=20_000)
+    assert run.scheduler.preemptions > 20, "the pool was meant to be too small"

@@ -1,0 +1,205 @@
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import zmq
+
+from engine.fake_executors import EchoExecutor, FailingExecutor
+from engine.workload import token_bytes
+from leanserve.contracts.batch import Batch, StepResult
+from leanserve.contracts.config import BatchOptions
+from leanserve.contracts.kv_sharding import KvSharding
+from leanserve.contracts.messages import (
+    Abort,
+    EngineFailed,
+    FromEngine,
+    Shutdown,
+    Submit,
+    TokenOutput,
+    TokenOutputs,
+    decode_from_engine,
+    encode,
+)
+from leanserve.contracts.sampling import SamplingParams
+from leanserve.engine.engine import Engine
+from leanserve.engine.scheduler import Scheduler
+from leanserve.engine.service import serve
+
+PATIENCE_MS = 10_000
+
+
+class FrontEnd:
+    """The other end of the engine's socket, with `serve` running in a thread."""
+
+    def __init__(self, socket: zmq.Socket[bytes], thread: threading.Thread, stop: threading.Event) -> None:
+        self.socket = socket
+        self.thread = thread
+        self.stop = stop
+        self.raised: list[Exception] = []
+
+    def send(self, *messages: object) -> None:
+        for message in messages:
+            self.socket.send(encode(message))
+
+    def receive(self) -> FromEngine:
+        assert self.socket.poll(PATIENCE_MS), "the engine is silent"
+        return decode_from_engine(self.socket.recv())
+
+    def outputs_until(self, *request_ids: str) -> list[TokenOutput]:
+        """All outputs up to the last ones of these requests."""
+        outputs: list[TokenOutput] = []
+        open_ids = set(request_ids)
+        while open_ids:
+            message = self.receive()
+            assert isinstance(message, TokenOutputs)
+            outputs += message.outputs
+            open_ids -= {output.request_id for output in message.outputs if output.finish_reason}
+        return outputs
+
+    def join(self) -> None:
+        self.thread.join(PATIENCE_MS / 1000)
+        assert not self.thread.is_alive()
+
+
+@contextmanager
+def serving(execute: Callable[[Batch], StepResult], *first: Submit, high_water_mark: int = 1000) -> Iterator[FrontEnd]:
+    """`first` has arrived when the service starts."""
+    scheduler = Scheduler(KvSharding(page_tokens=4, pages_per_rank=(50, 50)), BatchOptions(max_batch_tokens=64), 300)
+    engine = Engine(scheduler, execute, [])
+    stop = threading.Event()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as near, context.socket(zmq.DEALER) as far:
+        for socket in (near, far):
+            socket.set_hwm(high_water_mark)
+            socket.linger = 0
+        near.bind("inproc://engine")
+        far.connect("inproc://engine")
+
+        def run() -> None:
+            try:
+                serve(engine, far, stop)
+            except Exception as error:
+                front_end.raised.append(error)
+
+        front_end = FrontEnd(near, threading.Thread(target=run), stop)
+        front_end.send(*first)
+        front_end.thread.start()
+        try:
+            yield front_end
+        finally:
+            stop.set()
+            front_end.join()
+
+
+def submit(request_id: str, prompt_tokens: int, max_tokens: int) -> Submit:
+    return Submit(request_id, token_bytes(list(range(prompt_tokens))), SamplingParams(max_tokens=max_tokens))
+
+
+def test_requests_join_and_leave_while_others_run() -> None:
+    with serving(EchoExecutor()) as front_end:
+        front_end.send(submit("a", 30, 40), submit("b", 3, 2))
+        outputs = front_end.outputs_until("a", "b")
+        assert [output.token_ids for output in outputs if output.request_id == "b"] == [[2], [2]]
+        assert sum(output.request_id == "a" for output in outputs) == 40
+        front_end.send(submit("c", 3, 1))
+        assert front_end.outputs_until("c")[-1] == TokenOutput("c", [3], "length")
+
+
+def test_every_step_reports_the_load() -> None:
+    with serving(EchoExecutor()) as front_end:
+        front_end.send(submit("a", 70, 1))
+        steps = [front_end.receive() for _ in range(3)]
+        assert [len(message.outputs) for message in steps] == [0, 1, 0]
+        assert [message.step for message in steps] == [1, 2, 3]
+        assert [message.running for message in steps] == [1, 0, 0]
+        assert [message.pages_used_per_rank for message in steps] == [(8, 8), (0, 0), (0, 0)]
+
+
+def test_an_abort_is_answered_and_its_pages_come_back() -> None:
+    with serving(EchoExecutor()) as front_end:
+        front_end.send(submit("a", 3, 250))
+        front_end.receive()
+        front_end.send(Abort("a"), Abort("unknown"))
+        outputs = front_end.outputs_until("a")
+        assert outputs[-1] == TokenOutput("a", [], "abort")
+        assert front_end.receive().pages_used_per_rank == (0, 0)
+
+
+def test_a_refusal_goes_to_its_request_alone() -> None:
+    with serving(EchoExecutor()) as front_end:
+        front_end.send(submit("a", 3, 5), submit("huge", 299, 2))
+        outputs = front_end.outputs_until("a", "huge")
+        (refusal,) = [output for output in outputs if output.request_id == "huge"]
+        assert refusal.finish_reason == "error"
+        assert "301 together" in str(refusal.error)
+        assert sum(output.request_id == "a" for output in outputs) == 5
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [b"", b"\xc1", b"no msgpack", encode({"type": "dance"}), encode({"type": "submit", "request_id": 3}), bytes(9999)],
+    ids=["empty", "reserved", "text", "unknown-type", "wrong-field", "zeros"],
+)
+def test_a_frame_that_cannot_be_read_is_logged_and_dropped(frame: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR), serving(EchoExecutor()) as front_end:
+        front_end.socket.send(frame)
+        front_end.send(submit("a", 3, 2))
+        assert len(front_end.outputs_until("a")) == 2
+    assert f"dropped a message of {len(frame)} bytes" in caplog.text
+
+
+def test_a_request_under_a_live_id_is_logged_and_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """An answer to it would end the live one."""
+    twice = submit("a", 3, 5)
+    with caplog.at_level(logging.ERROR), serving(EchoExecutor(), twice, twice) as front_end:
+        outputs = front_end.outputs_until("a")
+        assert [output.token_ids for output in outputs] == [[1]] * 5
+        assert outputs[-1].finish_reason == "length"
+    assert "request id 'a' is in use" in caplog.text
+
+
+def test_a_failing_step_ends_all_requests_and_the_service() -> None:
+    error = OSError("the device is gone")
+    with serving(FailingExecutor(2, error), submit("a", 3, 9), submit("b", 100, 9)) as front_end:
+        outputs = front_end.outputs_until("a", "b")
+        assert [output.error for output in outputs if output.finish_reason] == [
+            "the engine failed while this request ran; send it again"
+        ] * 2
+        assert front_end.receive() == EngineFailed("OSError: the device is gone")
+        front_end.join()
+        assert front_end.raised == [error]
+        assert front_end.stop.is_set()
+
+
+@pytest.mark.parametrize("how", ["message", "event"])
+def test_a_shutdown_ends_all_requests_and_the_service(how: str) -> None:
+    with serving(EchoExecutor()) as front_end:
+        front_end.send(submit("a", 3, 290))
+        front_end.receive()
+        if how == "message":
+            front_end.send(Shutdown())
+        else:
+            front_end.stop.set()
+        assert front_end.outputs_until("a")[-1].error == "the engine is shutting down"
+        front_end.join()
+        assert front_end.raised == []
+        assert front_end.stop.is_set()
+
+
+def test_a_front_end_that_does_not_read_holds_the_engine_up_and_loses_nothing() -> None:
+    executor = EchoExecutor()
+    with serving(executor, high_water_mark=5) as front_end:
+        front_end.send(submit("a", 3, 200))
+        front_end.thread.join(0.5)
+        assert len(executor.batches) <= 11, "two queues of five, and one message in hand"
+        outputs = front_end.outputs_until("a")
+        assert [output.token_ids for output in outputs] == [[1]] * 200
+
+
+def test_a_stuck_front_end_does_not_keep_the_engine_from_stopping() -> None:
+    with serving(EchoExecutor(), high_water_mark=5) as front_end:
+        front_end.send(submit("a", 3, 200))
+        front_end.thread.join(0.3)
+        front_end.stop.set()
+        front_end.join()

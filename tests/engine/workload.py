@@ -1,0 +1,126 @@
+"""Requests for the toy model, and a run that checks every promise of the engine after every step."""
+
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.fake_executors import VOCAB_SIZE, ToyModelExecutor, toy_completion
+from leanserve.contracts.batch import Batch, StepResult
+from leanserve.contracts.config import BatchOptions
+from leanserve.contracts.errors import RequestTooLongError
+from leanserve.contracts.kv_sharding import KvSharding
+from leanserve.contracts.messages import Submit, TokenOutput
+from leanserve.contracts.sampling import SamplingParams
+from leanserve.engine.engine import Engine
+from leanserve.engine.scheduler import Scheduler
+
+EOS_TOKEN_ID = 0
+
+
+def token_bytes(token_ids: list[int]) -> bytes:
+    return np.array(token_ids, np.int32).tobytes()
+
+
+def toy_submit(number: int, prompt_tokens: int, max_tokens: int, *, ignore_eos: bool = False) -> Submit:
+    rng = random.Random(number)
+    prompt = token_bytes([rng.randrange(VOCAB_SIZE) for _ in range(prompt_tokens)])
+    sampling = SamplingParams(max_tokens=max_tokens, seed=number, ignore_eos=ignore_eos)
+    return Submit(f"r{number}", prompt, sampling)
+
+
+@dataclass
+class CheckedRun:
+    """An engine on the toy model. `step()` fails the test when a promise of the scheduler is broken."""
+
+    sharding: KvSharding
+    options: BatchOptions
+    max_context_tokens: int = 10_000
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    ends: dict[str, TokenOutput] = field(default_factory=dict)
+    accepted: dict[str, Submit] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.executor = ToyModelExecutor(self.sharding)
+        self.scheduler = Scheduler(self.sharding, self.options, self.max_context_tokens)
+        self.engine = Engine(self.scheduler, self._execute, [EOS_TOKEN_ID])
+        self.starts: Counter[int] = Counter()
+        """How often each sequence was started; sequence ids count accepted requests from 1."""
+        self.must_compute: set[int] = set()
+        """Sequences that decode: each must have a row in the next batch, or be dropped by it."""
+
+    def submit(self, request: Submit) -> bool:
+        try:
+            self.engine.submit(request)
+        except RequestTooLongError:
+            return False
+        self.accepted[request.request_id] = request
+        self.outputs[request.request_id] = []
+        return True
+
+    def abort(self, request_id: str) -> None:
+        output = self.engine.abort(request_id)
+        assert (output is None) == (request_id in self.ends or request_id not in self.accepted)
+        if output is not None:
+            assert output.finish_reason == "abort"
+            self._note(output)
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            self._note(output)
+        assert self.scheduler.num_running <= min(self.options.max_sequences, self.options.max_batch_tokens)
+        live = len(self.accepted) - len(self.ends)
+        assert self.scheduler.num_running + self.scheduler.num_waiting == live
+
+    def finish(self, max_steps: int) -> None:
+        """Run until idle, and compare every output with the toy model run alone."""
+        for _ in range(max_steps):
+            if not self.engine.has_work:
+                break
+            self.step()
+        assert not self.engine.has_work, f"requests still live after {max_steps} more steps"
+        assert self.ends.keys() == self.accepted.keys()
+        assert self.executor.used_per_rank == self.scheduler.pages_used_per_rank == (0,) * self.sharding.num_ranks
+        most_pages = max((self.sharding.pages_for(r.sampling.max_tokens) for r in self.accepted.values()), default=1)
+        assert max(self.starts.values(), default=0) <= 2 + math.ceil(math.log2(most_pages)), "preemption thrashes"
+        for request_id, request in self.accepted.items():
+            end_token_ids = frozenset() if request.sampling.ignore_eos else frozenset([EOS_TOKEN_ID])
+            expected, reason = toy_completion(
+                request.prompt_token_ids, request.sampling.seed or 0, request.sampling.max_tokens, end_token_ids
+            )
+            end = self.ends[request_id]
+            if end.finish_reason == "abort":
+                assert self.outputs[request_id] == expected[: len(self.outputs[request_id])]
+            else:
+                assert (self.outputs[request_id], end.finish_reason) == (expected, reason)
+
+    def _note(self, output: TokenOutput) -> None:
+        assert output.request_id not in self.ends, "more output after the last one"
+        self.outputs[output.request_id] += output.token_ids
+        if output.finish_reason is not None:
+            assert output.error is None
+            assert output.stop_token_id == (EOS_TOKEN_ID if output.finish_reason == "stop" else None)
+            self.ends[output.request_id] = output
+
+    def _execute(self, batch: Batch) -> StepResult:
+        assert sum(row.count for row in batch.rows) <= self.options.max_batch_tokens
+        assert len({row.sequence_id for row in batch.rows}) == len(batch.rows)
+        chunk_at = [i for i, row in enumerate(batch.rows) if row.count > 1]
+        assert not chunk_at or all(row.samples for row in batch.rows[: chunk_at[0]]), "decode rows come first"
+        for new in batch.started:
+            assert new.sequence_id in self.starts or new.sequence_id > max(self.starts, default=0), "a queue was jumped"
+            self.starts[new.sequence_id] += 1
+            assert any(row.sequence_id == new.sequence_id for row in batch.rows), "started, and left without a token"
+            assert new.sequence_id not in batch.dropped, "sent away and taken back in one step"
+        request_ids = list(self.accepted)
+        preempted = [number for number in batch.dropped if request_ids[number - 1] not in self.ends]
+        assert all(row.sequence_id < min(preempted) for row in batch.rows if preempted), "an older one made room"
+        result = self.executor(batch)
+        assert self.executor.used_per_rank == self.scheduler.pages_used_per_rank
+        computed = {row.sequence_id for row in batch.rows}
+        assert self.must_compute <= computed | set(batch.dropped), "a stream was left out of a step"
+        sampled = {row.sequence_id for row in batch.rows if row.samples}
+        self.must_compute = (self.must_compute - set(batch.dropped)) | sampled
+        return result

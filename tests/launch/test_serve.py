@@ -1,0 +1,195 @@
+"""The server as a user starts, uses and stops it: real processes, real sockets."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from checkpoints import checkpoint, hf_greedy, random_prompts
+from live_server import free_port, live_server
+
+GREEDY = {"temperature": 0, "max_tokens": 8, "return_token_ids": True}
+SMALL = ("--device", "cpu", "--page-tokens", "16", "--kv-memory", "8MiB")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return checkpoint(tmp_path_factory, "llama")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return random_prompts([1, 17, 90, 300], seed=11)
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir, prompts) -> list[list[int]]:
+    return hf_greedy(model_dir, prompts, 8)
+
+
+def answers_of(server, prompts) -> list[list[int]]:
+    return [server.post(prompt=ids, **GREEDY).json()["choices"][0]["token_ids"] for ids in prompts]
+
+
+def leanserve(*arguments: str, **options) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "leanserve", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | {"COLUMNS": "200"},
+        **options,
+    )
+
+
+def test_two_ranks_serve_many_streams_and_leave_nothing(model_dir, prompts, expected, tmp_path):
+    run_dirs = set(Path(tempfile.gettempdir()).glob("leanserve-*"))
+    with live_server(str(model_dir), "--ranks", "2", *SMALL, log=tmp_path / "log") as server:
+        assert answers_of(server, prompts) == expected
+        assert "torch" not in _modules_of(server.process.pid)
+
+        bodies = [
+            {"prompt": ids, "temperature": 0, "max_tokens": 5 + i % 7, "stream": True, "return_token_ids": True}
+            for i, ids in enumerate(random_prompts([1 + 13 * (i % 9) for i in range(64)], seed=12))
+        ]
+        with ThreadPoolExecutor(64) as pool:
+            streams = list(pool.map(lambda body: _stream(server.url, body), bodies))
+        assert [len(tokens) for tokens in streams] == [body["max_tokens"] for body in bodies]
+
+        processes = server.processes()
+        assert len(processes) >= 4  # front end, agent, two ranks
+        started = time.monotonic()
+        assert server.stop(signal.SIGINT) == 0
+        assert time.monotonic() - started < 15
+        _, alive = psutil.wait_procs(processes, timeout=5)
+        assert not alive
+    assert set(Path(tempfile.gettempdir()).glob("leanserve-*")) == run_dirs
+    log = (tmp_path / "log").read_text()
+    assert "2 x CPU" in log
+    assert "curl http://127.0.0.1" in log
+    assert "Traceback" not in log
+
+
+def test_torchrun_with_three_ranks_answers_the_same_bytes(model_dir, prompts, expected, tmp_path):
+    with live_server(str(model_dir), *SMALL, log=tmp_path / "log", torchrun_ranks=3) as server:
+        assert answers_of(server, prompts) == expected
+        front_ends = [p for p in psutil.process_iter(["cmdline"]) if _is_front_end(p, server.url.rsplit(":", 1)[1])]
+        assert front_ends
+        assert server.stop(signal.SIGTERM) != 0  # torchrun's own word for being told to stop
+        _, alive = psutil.wait_procs(front_ends, timeout=15)
+        assert not alive
+
+
+def _is_front_end(process: psutil.Process, port: str) -> bool:
+    command = process.info["cmdline"] or []
+    return "leanserve" in command and port in command and "torch.distributed.run" not in command
+
+
+def test_a_killed_front_end_takes_its_ranks_along(model_dir, tmp_path):
+    with live_server(str(model_dir), "--ranks", "2", *SMALL, log=tmp_path / "log") as server:
+        processes = server.processes()
+        server.process.kill()
+        _, alive = psutil.wait_procs(processes, timeout=15)
+        assert not alive
+
+
+def test_a_killed_rank_ends_the_server_with_one_clear_line(model_dir, tmp_path):
+    with live_server(str(model_dir), "--ranks", "2", *SMALL, log=tmp_path / "log") as server:
+        rank = next(p for p in server.processes() if "leanserve.launch.rank" in " ".join(p.cmdline()))
+        rank.kill()
+        assert server.process.wait(30) == 1
+    log = (tmp_path / "log").read_text()
+    assert "was ended by SIGKILL" in log
+    assert "Traceback" not in log
+
+
+def test_a_taken_port_is_reported_before_anything_loads(model_dir):
+    import socket
+
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        started = time.monotonic()
+        result = leanserve("serve", str(model_dir), "--port", str(port))
+        assert result.returncode == 1
+        assert f"port {port}" in result.stderr
+        assert "--port" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--page-tokens", "48"), "allowed are 16, 32, 64, 128 and 256"),
+        (("--ranks", "two"), "neither auto nor a whole number"),
+        (("--ranks", "0"), "from 1 to 1024"),
+        (("--dtype", "int3"), "'auto', 'float32', 'bfloat16', 'float16'"),
+        (("--kv-memory", "lots"), "write a number of bytes"),
+        (("--max-context-tokens", "1"), "at least 2"),
+        (("--max-context-tokens", "9999"), "the model's own limit"),
+        (("--max-context-tokens", "4000", "--kv-memory", "64KiB"), "raise --kv-memory or --ranks"),
+        (("--kv-memory", "1KiB"), "holds no page"),
+        (("--comm", "nccl", "--device", "cpu"), "needs GPUs"),
+        (("--device", "cuda"), "CPU build"),
+        (("--prot", "1"), "No such option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_wrong_flag_says_what_is_allowed(model_dir, arguments, expected):
+    if arguments[-1] == "cuda":
+        import torch
+
+        if torch.version.cuda is not None:
+            pytest.skip("this torch can use CUDA")
+    result = leanserve("serve", str(model_dir), "--port", str(free_port()), *arguments)
+    assert result.returncode != 0
+    assert expected in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_model_is_named():
+    result = leanserve("serve", "/nowhere/at-all", "--port", str(free_port()))
+    assert result.returncode == 1
+    assert "/nowhere/at-all" in result.stderr
+
+
+def test_version_and_help():
+    from leanserve import __version__
+
+    assert leanserve("--version").stdout.strip() == f"leanserve {__version__}"
+    for command in ("serve", "generate", "bench"):
+        assert leanserve(command, "--help").returncode == 0
+
+
+def _modules_of(pid: int) -> str:
+    """Shared objects that a process has mapped: torch shows, however it was imported."""
+    return Path(f"/proc/{pid}/maps").read_text() if Path(f"/proc/{pid}/maps").exists() else ""
+
+
+def _stream(url: str, body: dict[str, object]) -> list[int]:
+    tokens: list[int] = []
+    finish_reasons = []
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+        assert response.status_code == 200
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    for line in lines[:-1]:
+        import json
+
+        choice = json.loads(line)["choices"][0]
+        tokens += choice["token_ids"]
+        finish_reasons.append(choice["finish_reason"])
+    assert finish_reasons[-1] == "length"
+    assert set(finish_reasons[:-1]) <= {None}
+    return tokens

@@ -1,0 +1,169 @@
+"""Ranks as processes that met by file, the engine on rank 0, no HTTP: what the exactness tests drive."""
+
+import tempfile
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import zmq
+
+from leanserve.contracts.batch import Stop
+from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
+from leanserve.contracts.messages import Submit
+from leanserve.contracts.sampling import SamplingParams
+from leanserve.distributed.channel import StepReceiver, StepSender
+from leanserve.launch.loading import LoadedRank, Place, load_rank
+from leanserve.launch.rank import follow, make_engine
+from leanserve.model.architecture import read_architecture
+
+
+@dataclass(frozen=True)
+class Case:
+    """Prompts for one model on a group of ranks."""
+
+    model_dir: Path
+    prompts: Sequence[Sequence[int]]
+    sampling: SamplingParams
+    at_once: bool = True
+    """All prompts together, or one after the other."""
+    pages_per_rank: int = 400
+    page_tokens: int = 16
+    max_batch_tokens: int = 256
+    attention: str = "auto"
+    broken_page: tuple[int, int] | None = None
+    """(rank, page) that is overwritten once every prompt has given a token: the outputs must change."""
+    keep_logits: bool = False
+
+    def config(self) -> EngineConfig:
+        token_bytes_of_kv = read_architecture(self.model_dir).kv_bytes_per_token(torch.float32.itemsize)
+        return EngineConfig(
+            model_dir=str(self.model_dir),
+            dtype="float32",
+            device="cpu",
+            attention=self.attention,  # type: ignore[arg-type]
+            cache=CacheOptions(
+                page_tokens=self.page_tokens,
+                kv_memory_bytes=self.pages_per_rank * self.page_tokens * token_bytes_of_kv,
+            ),
+            batch=BatchOptions(max_batch_tokens=self.max_batch_tokens),
+        )
+
+
+@dataclass
+class Answer:
+    """What a case gave."""
+
+    token_ids: list[list[int]]
+    """By prompt."""
+    finish_reasons: list[str]
+    preemptions: int
+    pages_left: int
+    """Pages in use when every request had ended."""
+    rows_logits: list[list[list[float]]] = field(default_factory=list)
+    """With keep_logits: each step's logits [M, V] of rank 0."""
+
+
+def run_cases(num_ranks: int, cases: Sequence[Case]) -> list[Answer]:
+    """Serve the cases in turn on one group of ranks; one rank runs in this very process."""
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        if num_ranks == 1:
+            return _serve_cases(0, 1, cases, Path(folder))
+        context = mp.get_context("spawn")
+        ranks = [
+            context.Process(target=_run, args=(rank, num_ranks, cases, Path(folder)), daemon=True)
+            for rank in range(num_ranks)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(240)
+        codes = [process.exitcode for process in ranks]
+        assert codes == [0] * num_ranks, f"exit codes of the ranks: {codes}"
+        return msgspec.json.decode((Path(folder) / "answers").read_bytes(), type=list[Answer])
+
+
+def _run(rank: int, size: int, cases: Sequence[Case], folder: Path) -> None:
+    torch.set_num_threads(1)
+    answers = _serve_cases(rank, size, cases, folder)
+    if rank == 0:
+        (folder / "answers").write_bytes(msgspec.json.encode(answers))
+
+
+def _serve_cases(rank: int, size: int, cases: Sequence[Case], folder: Path) -> list[Answer]:
+    store = dist.FileStore(str(folder / "store"), size)
+    answers = []
+    for number, case in enumerate(cases):
+        place = Place(rank=rank, size=size, local_rank=rank, local_size=size, agent_pid=0)
+        config = case.config()
+        loaded = load_rank(place, dist.PrefixStore(str(number), store), config, lambda done, total: None)
+        run_dir = folder / str(number)
+        run_dir.mkdir(exist_ok=True)
+        if case.broken_page is not None and case.broken_page[0] == rank:
+            _break_page(loaded, case)
+        with zmq.Context() as context:
+            if rank == 0:
+                sender = StepSender(context, run_dir, size)
+                answers.append(_answer(loaded, case, config, sender))
+                sender.send(Stop())
+                loaded.ranks.leave()
+                sender.close()
+            else:
+                follow(loaded, StepReceiver(context, run_dir, rank))
+                loaded.ranks.leave()
+    return answers
+
+
+def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSender) -> Answer:
+    kept: list[list[list[float]]] = []
+    if case.keep_logits:
+        logits_of = loaded.decoder.logits
+
+        def keep(hidden: torch.Tensor) -> torch.Tensor:
+            logits = logits_of(hidden)
+            kept.append(logits.tolist())
+            return logits
+
+        loaded.decoder.logits = keep  # type: ignore[method-assign]
+    engine = make_engine(loaded, config, sender)
+    token_ids: list[list[int]] = [[] for _ in case.prompts]
+    reasons = [""] * len(case.prompts)
+    pages_left = preemptions = 0
+
+    def drain() -> None:
+        nonlocal pages_left, preemptions
+        while engine.has_work:
+            report = engine.report(engine.step())
+            for output in report.outputs:
+                token_ids[int(output.request_id)] += output.token_ids
+                if output.finish_reason is not None:
+                    assert reasons[int(output.request_id)] == "", "a request ended twice"
+                    reasons[int(output.request_id)] = output.finish_reason
+            pages_left, preemptions = sum(report.pages_used_per_rank), report.preemptions
+
+    for index, prompt in enumerate(case.prompts):
+        engine.submit(Submit(str(index), array("i", prompt).tobytes(), case.sampling))
+        if not case.at_once:
+            drain()
+    drain()
+    return Answer(token_ids, reasons, preemptions, pages_left, kept)
+
+
+def _break_page(loaded: LoadedRank, case: Case) -> None:
+    """Overwrite one page of this rank with zeros before every step but the first."""
+    assert case.broken_page is not None
+    execute, page = loaded.runner.execute, case.broken_page[1]
+    steps = 0
+
+    def execute_broken(batch):
+        nonlocal steps
+        steps += 1
+        if steps > 1:
+            loaded.shard.pool_L2PKTD[:, :, page] = 0
+        return execute(batch)
+
+    loaded.runner.execute = execute_broken  # type: ignore[method-assign]

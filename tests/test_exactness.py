@@ -1,0 +1,116 @@
+"""The gate: greedy tokens equal to transformers' for every rank count, family, length, batch and page pool."""
+
+import pytest
+import torch
+
+from checkpoints import VOCAB_SIZE, checkpoint, hf_greedy, hf_logits, random_prompts
+from leanserve.contracts.sampling import SamplingParams
+from rank_group import Answer, Case, run_cases
+
+PAGE = 16
+LENGTHS_ALONE = [1, PAGE - 1, PAGE, PAGE + 1, 700]
+LENGTHS_TOGETHER = [1, PAGE - 1, PAGE, PAGE + 1, 700, 2, 33, 64, 65, 100, 129, 7, 250, 31, 48, 5]
+NEW_TOKENS = 6
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+
+# Head counts that no rank count divides.
+SHAPES = {
+    "llama": {"heads": 6, "kv_heads": 2, "head_dim": 16},
+    "mistral": {"heads": 5, "kv_heads": 5, "head_dim": 24, "window": 9, "hidden": 60},
+    "qwen2": {"heads": 14, "kv_heads": 2, "head_dim": 8, "hidden": 56},
+    "qwen3": {"heads": 9, "kv_heads": 3, "head_dim": 16, "hidden": 63},
+    "smollm3": {"heads": 6, "kv_heads": 2, "head_dim": 32, "tied": True},
+}
+
+
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory):
+    return {family: checkpoint(tmp_path_factory, family, **shape) for family, shape in SHAPES.items()}
+
+
+def cases_of(model_dirs) -> list[tuple[str, Case]]:
+    cases = []
+    for family, model_dir in model_dirs.items():
+        alone = random_prompts(LENGTHS_ALONE, seed=1)
+        together = random_prompts(LENGTHS_TOGETHER, seed=2)
+        cases += [
+            (f"{family} alone", Case(model_dir, alone, GREEDY, at_once=False, page_tokens=PAGE)),
+            (f"{family} together", Case(model_dir, together, GREEDY, page_tokens=PAGE)),
+        ]
+    return cases
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_greedy_tokens_equal_transformers(model_dirs, num_ranks):
+    cases = cases_of(model_dirs)
+    # A pool that holds the longest prompt and little more: the others must give way and be computed again.
+    tight = Case(
+        model_dirs["qwen3"],
+        random_prompts([60, 200, 90, 130, 100, 60, 40, 15], seed=3),
+        SamplingParams(temperature=0, max_tokens=40),
+        page_tokens=PAGE,
+        pages_per_rank=-(-20 // num_ranks),
+    )
+    answers = run_cases(num_ranks, [case for _, case in cases] + [tight])
+    for (name, case), answer in zip([*cases, ("tight pool", tight)], answers, strict=True):
+        expected = hf_greedy(case.model_dir, case.prompts, case.sampling.max_tokens)
+        assert answer.token_ids == expected, name
+        assert answer.finish_reasons == ["length"] * len(case.prompts), name
+        assert answer.pages_left == 0, name
+    assert answers[-1].preemptions > 0
+
+
+def test_a_window_of_9_is_neither_8_nor_10(tmp_path_factory):
+    prompts = random_prompts([40, 57, 64, 71, 33, 90], seed=4)
+    expected = {
+        window: hf_greedy(checkpoint(tmp_path_factory, "mistral", window=window), prompts, NEW_TOKENS)
+        for window in (8, 9, 10)
+    }
+    assert expected[9] not in (expected[8], expected[10])
+    case = Case(checkpoint(tmp_path_factory, "mistral", window=9), prompts, GREEDY, page_tokens=PAGE)
+    assert run_cases(1, [case])[0].token_ids == expected[9]
+    assert run_cases(3, [case])[0].token_ids == expected[9]
+
+
+def test_one_broken_page_changes_the_answer(model_dirs):
+    """The gate can fail: zeros in a single page of one rank give other tokens."""
+    prompts = random_prompts([100], seed=5)
+    whole = Case(model_dirs["llama"], prompts, GREEDY, page_tokens=PAGE)
+    broken = Case(model_dirs["llama"], prompts, GREEDY, page_tokens=PAGE, broken_page=(1, 1))
+    answers = run_cases(3, [whole, broken])
+    expected = hf_greedy(model_dirs["llama"], prompts, NEW_TOKENS)
+    assert answers[0].token_ids == expected
+    assert answers[1].token_ids != expected
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_logits_equal_transformers(model_dirs, num_ranks):
+    prompts = {family: random_prompts([150], seed=6)[0] for family in model_dirs}
+    one_token = SamplingParams(temperature=0, max_tokens=1)
+    cases = [
+        Case(model_dirs[family], [prompt], one_token, page_tokens=PAGE, max_batch_tokens=64, keep_logits=True)
+        for family, prompt in prompts.items()
+    ]
+    for case, answer in zip(cases, run_cases(num_ranks, cases), strict=True):
+        expected = hf_logits(case.model_dir, case.prompts[0])[-1]
+        error = (torch.tensor(answer.rows_logits[-1][0]) - expected).abs().max() / expected.abs().max()
+        assert error < 2e-5, f"{case.model_dir.name}: {error:.2e} of the logits' scale"
+
+
+def test_seeded_samples_do_not_depend_on_company_or_ranks(model_dirs):
+    prompts = random_prompts([20, 33, 47, 12], seed=7)
+    sampling = SamplingParams(temperature=0.8, top_p=0.95, top_k=40, seed=1234, max_tokens=12)
+
+    def answer(num_ranks: int, at_once: bool, pages_per_rank: int = 400) -> Answer:
+        case = Case(
+            model_dirs["llama"], prompts, sampling, at_once=at_once, page_tokens=PAGE, pages_per_rank=pages_per_rank
+        )
+        return run_cases(num_ranks, [case])[0]
+
+    alone = answer(1, at_once=False)
+    crowd, crowd_on_3, preempted = answer(1, True), answer(3, True), answer(1, True, pages_per_rank=8)
+    assert preempted.preemptions > 0
+    assert alone.token_ids == crowd.token_ids == crowd_on_3.token_ids == preempted.token_ids
+    assert len({tuple(ids) for ids in alone.token_ids}) == len(prompts)
+    assert all(0 <= t < VOCAB_SIZE for ids in alone.token_ids for t in ids)
+    assert torch.tensor(alone.token_ids).unique().numel() > 5

@@ -1,0 +1,87 @@
+"""Sampling: what is kept, what is drawn, and that a draw depends on its own seed and index alone."""
+
+import itertools
+
+import pytest
+import torch
+
+from leanserve.contracts.sampling import SamplingParams
+from leanserve.worker.sampler import Draw, sample, uniform
+
+V = 50
+
+
+def draws(count: int, **params) -> list[Draw]:
+    return [Draw(SamplingParams(**params), seed=1, index=i) for i in range(count)]
+
+
+@pytest.fixture
+def logits_V() -> torch.Tensor:
+    return torch.randn(V, generator=torch.Generator().manual_seed(0)) * 2
+
+
+def frequencies(logits_V: torch.Tensor, count: int = 20_000, **params) -> torch.Tensor:
+    tokens = sample(logits_V.expand(count, V), draws(count, **params))
+    return torch.bincount(tokens, minlength=V) / count
+
+
+def test_greedy_takes_the_largest_and_the_lowest_id_of_a_tie():
+    logits = torch.zeros(2, V)
+    logits[0, [7, 9]] = 1.0
+    logits[1, 3] = 1.0
+    assert sample(logits, draws(2, temperature=0)).tolist() == [7, 3]
+
+
+def test_draws_follow_the_softmax(logits_V):
+    for temperature in (0.5, 1.0, 2.0):
+        expected = torch.softmax(logits_V / temperature, -1)
+        # Total variation of 20,000 draws over 50 tokens is about sqrt(50 / (2 pi 20000)) = 0.02.
+        assert (frequencies(logits_V, temperature=temperature) - expected).abs().sum() / 2 < 0.04
+
+
+def test_top_k_keeps_exactly_the_k_most_likely(logits_V):
+    kept = frequencies(logits_V, top_k=3).nonzero().flatten()
+    assert set(kept.tolist()) == set(logits_V.topk(3).indices.tolist())
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p(logits_V):
+    probs, order = torch.softmax(logits_V.double(), -1).sort(descending=True)
+    needed = int((probs.cumsum(0) < 0.6).sum()) + 1
+    kept = frequencies(logits_V, top_p=0.6).nonzero().flatten()
+    assert set(kept.tolist()) == set(order[:needed].tolist())
+
+
+def test_a_tiny_top_p_keeps_the_most_likely(logits_V):
+    assert frequencies(logits_V, count=100, top_p=1e-9).nonzero().flatten().tolist() == [int(logits_V.argmax())]
+
+
+def test_min_p_drops_what_is_unlikely_beside_the_best(logits_V):
+    probs = torch.softmax(logits_V, -1)
+    allowed = set((probs >= 0.2 * probs.max()).nonzero().flatten().tolist())
+    assert set(frequencies(logits_V, min_p=0.2).nonzero().flatten().tolist()) == allowed
+
+
+def test_rows_do_not_see_each_other(logits_V):
+    mixed = [
+        Draw(SamplingParams(temperature=0), 5, 0),
+        Draw(SamplingParams(top_k=4, temperature=1.3), 6, 9),
+        Draw(SamplingParams(top_p=0.7), 7, 2),
+        Draw(SamplingParams(min_p=0.1), 8, 3),
+        Draw(SamplingParams(), 9, 4),
+    ]
+    alone = [int(sample(logits_V[None], [draw])[0]) for draw in mixed]
+    for order in itertools.islice(itertools.permutations(range(5)), 0, 120, 7):
+        together = sample(logits_V.expand(5, V), [mixed[i] for i in order]).tolist()
+        assert together == [alone[i] for i in order]
+
+
+def test_the_stream_of_a_seed_is_uniform_and_its_own():
+    numbers = torch.tensor([uniform(42, i) for i in range(20_000)], dtype=torch.float64)
+    assert 0 <= float(numbers.min()) <= float(numbers.max()) < 1
+    counts = torch.histc(numbers, 20, 0, 1)
+    assert (
+        float(((counts - 1000) ** 2 / 1000).sum()) < 45
+    )  # chi-square with 19 degrees of freedom: p < 0.001 above 43.8
+    assert uniform(42, 0) == uniform(42, 0)
+    assert len({uniform(seed, 0) for seed in range(-500, 500)}) == 1000
+    assert uniform(-(2**63), 3) != uniform(2**63 - 1, 3)
