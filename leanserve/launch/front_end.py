@@ -104,6 +104,8 @@ def serve_until_stopped(options: ServeOptions) -> int:
         run_dir = Path(os.environ[RUN_DIR_VARIABLE])
         when_gone(int(agent_pid), lambda: os.kill(os.getpid(), signal.SIGTERM))
     console.print(f"[bold]LeanServe {__version__}[/]  {options.model_name}  ({architecture.describe()})")
+    for note in architecture.notes:
+        console.print(f"Note: {escape(note)}")
     if unused_gpu is not None:
         console.print(f"No GPU is used: {unused_gpu}")
     group = EngineGroup(config, num_ranks=num_ranks, run_dir=run_dir)
