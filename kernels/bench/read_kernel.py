@@ -32,7 +32,7 @@ def reader(pool: Tensor) -> Callable[[], object]:
     out = torch.empty(programs, dtype=torch.int32, device=pool.device)
 
     def read() -> Tensor:
-        read_kernel[(programs,)](pool, out, pool.numel() // BLOCK, BLOCK=BLOCK, num_warps=8)
+        read_kernel[(programs,)](pool, out, pool.numel() // BLOCK, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True)
         return out
 
     return read
