@@ -8,6 +8,7 @@ Shapes: M query heads of a group (padded), D head dim (padded), S pieces, G CTAs
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def holder(item, total, parts):
     """`schedule.holder`: which of `parts` equal runs of `total` items holds the item."""
