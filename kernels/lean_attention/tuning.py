@@ -123,7 +123,7 @@ _DECODE: dict[tuple[int, int], DecodeTuning] = {
     (256, 4): DecodeTuning(tile=16, num_warps=4, num_stages=3, ctas_per_sm=2),
 }
 
-_INTERPRETER_DECODE = DecodeTuning(tile=32, num_warps=4, num_stages=1, ctas_per_sm=1, fan_in=4)
+_INTERPRETER_DECODE = DecodeTuning(tile=64, num_warps=4, num_stages=1, ctas_per_sm=1, fan_in=4)
 
 # (head block, bytes of a query element) -> tuning. On sm_90 the products are wgmma from 64 rows to a warpgroup on.
 _PREFILL: dict[tuple[int, int], PrefillTuning] = {
@@ -135,7 +135,7 @@ _PREFILL: dict[tuple[int, int], PrefillTuning] = {
     (256, 4): PrefillTuning(rows=32, tile=16, num_warps=8, num_stages=2),
 }
 
-_INTERPRETER_PREFILL = PrefillTuning(rows=32, tile=32, num_warps=4, num_stages=1)
+_INTERPRETER_PREFILL = PrefillTuning(rows=64, tile=64, num_warps=4, num_stages=1)
 
 # What the tables above would need more than the 99 KB of shared memory (64 KB on CDNA) for.
 _SMALL_PREFILL: dict[tuple[ArchFamily, int, int], PrefillTuning] = {

@@ -206,7 +206,7 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
     fp8 = architecture not in ("sm_80", "gfx942")  # e4m3 as torch.float8_e4m3fn begins with sm_89 and gfx950
     found = [
         *(_decode(family, 64, group) for group in (1, 4, 8)),
-        *(_decode(family, 128, group) for group in (1, 3, 4, 5, 7, 8, 16)),
+        *(_decode(family, 128, group) for group in (1, 4, 5, 7, 8, 16)),
         *(_decode(family, head_dim, 4) for head_dim in (80, 96, 192)),
         *(_decode(family, 256, group) for group in (2, 8)),
         *(_decode(family, head_dim, 8, page=16) for head_dim in (64, 128)),
