@@ -8,6 +8,7 @@ Shapes: M query heads of a group (padded), D head dim (padded), S pieces, G CTAs
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def holder(item, total, parts):
     """`schedule.holder`: which of `parts` equal runs of `total` items holds the item."""
@@ -19,8 +20,9 @@ def holder(item, total, parts):
 
 @triton.jit
 def store_piece(
-    sums_ptr, stats_ptr, slot, acc, m, den, M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+    sums_ptr, stats_ptr, slot, acc, m, den,
+    M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
     """Leave sums acc [M, D], maxima m [M] and denominators den [M] in a slot of the scratch memory."""
     g, d = tl.arange(0, M), tl.arange(0, D)
     slot = slot.to(tl.int64)

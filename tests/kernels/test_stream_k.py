@@ -1,5 +1,5 @@
-"""The stream-K plan on the device against its specification, and the reduction's corners. Needs Triton: on a GPU, or on the
-CPU under TRITON_INTERPRET=1 (test_interpreted.py runs it so)."""
+"""The stream-K plan on the device against its specification, and the reduction's corners. Needs Triton: on a GPU, or
+on the CPU under TRITON_INTERPRET=1 (test_interpreted.py runs it so)."""
 
 import dataclasses
 
@@ -74,9 +74,7 @@ def test_every_reduction_gives_the_same_attention(num_ctas, fixed_split, fan_in,
     contexts = random_contexts([0, 5, 700, 64], 1, 16, generator)
     kv = page_out(contexts, 16, generator, device=device)
     q = torch.randn(4, 3, 16, generator=generator).to(device)
-    plan = stream_k.plan_stream_k(
-        kv, 3, num_ctas=num_ctas, fixed_split=fixed_split, tuning=tuning(fan_in=fan_in)
-    )
+    plan = stream_k.plan_stream_k(kv, 3, num_ctas=num_ctas, fixed_split=fixed_split, tuning=tuning(fan_in=fan_in))
     expected = reference.lean_decode(q, kv, plan_decode(kv, 3, backend="portable"))
     states = [stream_k.decode(q, kv, plan, scale=16**-0.5) for _ in range(2)]
     for state in states:
