@@ -7,10 +7,10 @@ values.
 Shapes: B sequences, K KV heads, G CTAs of the grid, T tokens of a page.
 """
 
-from dataclasses import dataclass
-
 # Triton's kernel language is not Python's to a type checker.
 # pyright: reportCallIssue=false
+
+from dataclasses import dataclass
 
 import torch
 import triton
