@@ -3,6 +3,9 @@
 Shapes: N states, B sequences or tokens, H query heads, D head dim (padded to a power of two), S states of one load.
 """
 
+# Triton's kernel language is not Python's to a type checker.
+# pyright: reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl

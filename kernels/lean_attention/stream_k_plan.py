@@ -1,9 +1,14 @@
-"""Planning a step of stream-K decode on the device: `lean_attention.schedule`, computed by Triton without a synchronisation.
+"""Planning a step of stream-K decode on the device: `lean_attention.schedule`, computed by Triton without a
+synchronisation.
 
-The plan holds the schedule, and the scratch memory of the launches that follow it. It knows nothing of queries or values.
+The plan holds the schedule, and the scratch memory of the launches that follow it. It knows nothing of queries or
+values.
 
 Shapes: B sequences, K KV heads, G CTAs of the grid, T tokens of a page.
 """
+
+# Triton's kernel language is not Python's to a type checker.
+# pyright: reportCallIssue=false
 
 from dataclasses import dataclass
 
@@ -15,8 +20,8 @@ from torch import Tensor
 from lean_attention.paged_kv import PagedKV
 from lean_attention.tuning import DecodeTuning, arch_family, check_head_dim, decode_tuning, device_ctas
 
-# The layout of `StreamKPlan.work`, in int32 words: the header (total tiles, active CTAs, empty sequences, unused), then the
-# sections whose lengths are named here. The kernels walk the same offsets.
+# The layout of `StreamKPlan.work`, in int32 words: the header (total tiles, active CTAs, empty sequences, unused),
+# then the sections whose lengths are named here. The kernels walk the same offsets.
 HEADER: tl.constexpr = tl.constexpr(4)
 
 
@@ -28,9 +33,9 @@ SEQUENCES_AT_ONCE = 256
 class StreamKPlan:
     """One step's tiles dealt to `num_ctas` CTAs, on the device; and the scratch memory that they merge through.
 
-    Launches that share a plan share its scratch: they must follow each other on one stream (as a step's layers do), inside a
-    captured graph or outside. Two streams want two plans. A launch leaves the arrival counters at zero, and planning zeroes
-    them too, so a plan serves any number of launches, and a captured graph any number of replays.
+    Launches that share a plan share its scratch: they must follow each other on one stream (as a step's layers do),
+    inside a captured graph or outside. Two streams want two plans. A launch leaves the arrival counters at zero, and
+    planning zeroes them too, so a plan serves any number of launches, and a captured graph any number of replays.
     """
 
     work: Tensor
@@ -209,8 +214,8 @@ def plan_stream_k(
 ) -> StreamKPlan:
     """Deal the visible tiles of `kv` to CTAs, in one or two launches and without a synchronisation.
 
-    num_ctas     the grid; default: tuning.ctas_per_sm for each multiprocessor. It does not follow the lengths, so a captured
-                 graph that holds both the plan and the launches serves every length.
+    num_ctas     the grid; default: tuning.ctas_per_sm for each multiprocessor. It does not follow the lengths, so a
+                 captured graph that holds both the plan and the launches serves every length.
     fixed_split  split every row evenly among this many CTAs instead (what split-KV kernels do): for comparison.
     tuning       default: `tuning.decode_tuning` for this device, head dim and dtype.
 

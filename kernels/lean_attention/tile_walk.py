@@ -5,6 +5,9 @@ Logits are in base 2 inside: m is the largest logit times log2(e), and `finish` 
 Shapes: M query rows, N tokens of a tile, D head dim padded to a power of two, T tokens of a page.
 """
 
+# Triton's kernel language is not Python's to a type checker.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -117,8 +120,8 @@ def walk(
                 seen = seen & (position[None, :] <= newest)
             if WINDOWED:
                 seen = seen & (position[None, :] >= oldest)
-                # What lies before the horizon may be NaN by now, and 0 * NaN is NaN. A clamp to 0, where a mask would do,
-                # because a [N, D] mask of single bits fails to compile in some layouts (Triton 3.9).
+                # What lies before the horizon may be NaN by now, and 0 * NaN is NaN. A clamp to 0, where a mask would
+                # do, because a [N, D] mask of single bits fails to compile in some layouts (Triton 3.9).
                 bound = tl.where(position >= horizon, float("inf"), 0.0).to(v.dtype)
                 v = tl.minimum(tl.maximum(v, -bound[:, None]), bound[:, None])
         acc, m, den = _attend(q, k, v, acc, m, den, seen, scale_log2, softcap, MASKED, PRECISION)

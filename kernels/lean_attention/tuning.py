@@ -1,7 +1,8 @@
 """Tile, warp and pipeline choices for the Triton kernels: one table, in data.
 
-No choice is made by timing at serving time. A row was chosen by what the compiler makes of it (registers, spills, bytes in
-flight per multiprocessor; kernels/variants.md lists them), until a benchmark on the device in question says better.
+No choice is made by timing at serving time. A row was chosen by what the compiler makes of it (registers, spills,
+bytes in flight per multiprocessor; kernels/variants.md lists them), until a benchmark on the device in question says
+better.
 """
 
 import os
@@ -66,7 +67,8 @@ def check_head_dim(operator: str, head_dim: int) -> None:
 def kernel_page_tokens(kv: PagedKV) -> int:
     """The page size that the kernels are compiled for.
 
-    With one page to a sequence no tile crosses a page border, so that contiguous caches of every length share one binary.
+    With one page to a sequence no tile crosses a page border, so that contiguous caches of every length share one
+    binary.
     """
     return 1 << 30 if kv.page_table.shape[1] == 1 else kv.page_tokens
 
@@ -81,7 +83,9 @@ def arch_family(device: torch.device) -> ArchFamily:
 
 def nvidia_family(major: int) -> ArchFamily:
     """The family of compute capability `major`.x. Consumer Blackwell (12.x) has Ampere's instructions and memory."""
-    return {9: "hopper", 10: "blackwell"}.get(major, "ampere")
+    if major == 9:
+        return "hopper"
+    return "blackwell" if major == 10 else "ampere"
 
 
 def interpreting() -> bool:
@@ -92,8 +96,8 @@ def interpreting() -> bool:
 def dot_precision(q_dtype: torch.dtype, family: ArchFamily) -> str:
     """Triton's `input_precision`, which float32 products heed. Its default on NVIDIA, TF32, has 11 bits.
 
-    Three TF32 products on the tensor cores are as good as one in float32 to 2^-21; real float32 products ("ieee") have no
-    tensor cores and spill registers at head dim 128.
+    Three TF32 products on the tensor cores are as good as one in float32 to 2^-21; real float32 products ("ieee") have
+    no tensor cores and spill registers at head dim 128.
     """
     return "tf32x3" if q_dtype == torch.float32 and family in ("ampere", "hopper", "blackwell") else "ieee"
 
@@ -106,8 +110,8 @@ def device_ctas(device: torch.device, ctas_per_sm: int) -> int:
 
 
 # (head block, bytes of a KV element) -> tuning. A tile of K and V is 2 * tile * head block * bytes, of which a CTA has
-# between num_stages - 2 and num_stages - 1 in flight. Meant: 48 to 96 KB in flight per multiprocessor, and registers for
-# that many CTAs (65,536 / (32 * num_warps * registers)). On sm_90, group 4, the compiler gives:
+# between num_stages - 2 and num_stages - 1 in flight. Meant: 48 to 96 KB in flight per multiprocessor, and registers
+# for that many CTAs (65,536 / (32 * num_warps * registers)). On sm_90, group 4, the compiler gives:
 #   (64, 2)   tile 64: 160 registers, so 3 CTAs; tile 128 needs 255 and spills with a window
 #   (128, 2)  tile 64: 250 registers, 2 CTAs of 70 KB; 289 instructions a tile of 32 KB, a fifth of the time HBM takes
 #   (128, 4)  the products of float32 are three of TF32 (see dot_precision); as "ieee" they spill 296 bytes
@@ -123,7 +127,7 @@ _DECODE: dict[tuple[int, int], DecodeTuning] = {
     (256, 4): DecodeTuning(tile=16, num_warps=4, num_stages=3, ctas_per_sm=2),
 }
 
-_INTERPRETER_DECODE = DecodeTuning(tile=32, num_warps=4, num_stages=1, ctas_per_sm=1, fan_in=4)
+_INTERPRETER_DECODE = DecodeTuning(tile=64, num_warps=4, num_stages=1, ctas_per_sm=1, fan_in=4)
 
 # (head block, bytes of a query element) -> tuning. On sm_90 the products are wgmma from 64 rows to a warpgroup on.
 _PREFILL: dict[tuple[int, int], PrefillTuning] = {
@@ -135,7 +139,7 @@ _PREFILL: dict[tuple[int, int], PrefillTuning] = {
     (256, 4): PrefillTuning(rows=32, tile=16, num_warps=8, num_stages=2),
 }
 
-_INTERPRETER_PREFILL = PrefillTuning(rows=32, tile=32, num_warps=4, num_stages=1)
+_INTERPRETER_PREFILL = PrefillTuning(rows=256, tile=64, num_warps=4, num_stages=1)
 
 # What the tables above would need more than the 99 KB of shared memory (64 KB on CDNA) for.
 _SMALL_PREFILL: dict[tuple[ArchFamily, int, int], PrefillTuning] = {

@@ -5,8 +5,8 @@
     python -m lean_attention.variants --out kernels/variants.md
 
 Compiling needs Triton and no GPU. The table gives what the compiler made of each variant: registers per thread, bytes
-spilled to the stack, shared memory, and asynchronous copies (a pipelined kernel has them, a kernel whose loop the pipeliner
-gave up on has not). Its numbers are those of the binary, not of a run.
+spilled to the stack, shared memory, and asynchronous copies (a pipelined kernel has them, a kernel whose loop the
+pipeliner gave up on has not). Its numbers are those of the binary, not of a run.
 """
 
 import argparse
@@ -177,7 +177,8 @@ def _prefill(
 
 
 def _plans() -> Iterator[Variant]:
-    types = dict.fromkeys(("lengths_ptr", "q_positions_ptr", "visible_ptr", "work_ptr", "page_positions_ptr"), "*i32")
+    pointers = ("lengths", "q_positions", "visible", "work", "page_positions")
+    types = {f"{name}_ptr": "*i32" for name in pointers}
     deal = {"BLOCK": SEQUENCES_AT_ONCE}
     unused = {"q_positions_ptr": None, "visible_ptr": None}
     yield Variant("plan", deal_kernel, types, deal | unused | {"window": None}, 4, 3)
@@ -206,7 +207,7 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
     fp8 = architecture not in ("sm_80", "gfx942")  # e4m3 as torch.float8_e4m3fn begins with sm_89 and gfx950
     found = [
         *(_decode(family, 64, group) for group in (1, 4, 8)),
-        *(_decode(family, 128, group) for group in (1, 3, 4, 5, 7, 8, 16)),
+        *(_decode(family, 128, group) for group in (1, 4, 5, 7, 8, 16)),
         *(_decode(family, head_dim, 4) for head_dim in (80, 96, 192)),
         *(_decode(family, 256, group) for group in (2, 8)),
         *(_decode(family, head_dim, 8, page=16) for head_dim in (64, 128)),
@@ -243,7 +244,8 @@ def _compile_one(name: str, architecture: str) -> Compiled:
         try:
             kernel = variant.compile(architecture)
         except Exception as error:  # whatever a compiler pass raises is the row's result
-            return Compiled(name, architecture, 0, 0, 0, 0, time.monotonic() - began, f"{type(error).__name__}: {error}")
+            text = f"{type(error).__name__}: {error}"
+            return Compiled(name, architecture, 0, 0, 0, 0, time.monotonic() - began, text)
         registers, stack_bytes = _read_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else _read_amdgcn(kernel.asm)
     copies = len(re.findall(r"cp\.async\.c[ga]\.shared", kernel.asm.get("ptx", "")))
     seconds = time.monotonic() - began
@@ -252,7 +254,7 @@ def _compile_one(name: str, architecture: str) -> Compiled:
 
 def _read_cubin(cubin: bytes) -> tuple[int, int]:
     """(registers, stack and local bytes) of a cubin's kernel, by the cuobjdump that Triton ships."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -270,7 +272,7 @@ def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int]:
 
 
 def compile_all(architectures: Iterable[str], *, only: str = "", jobs: int | None = None) -> Iterator[Compiled]:
-    """Compile every variant whose name holds `only` for each architecture, in `jobs` processes; results as they come."""
+    """Compile the variants whose names hold `only` for each architecture in `jobs` processes; results in order."""
     work = [(v.name, arch) for arch in architectures for v in variants(arch) if only in v.name]
     # Spawned and not forked: LLVM's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -288,8 +290,8 @@ def _table(results: list[Compiled]) -> str:
             lines.append(f"| {r.variant} | {r.architecture} | failed: {r.error.splitlines()[0][:80]} | | | | |")
             continue
         lines.append(
-            f"| {r.variant} | {r.architecture} | {r.registers} | {r.stack_bytes} | {r.shared_bytes} | {r.async_copies} | "
-            f"{r.seconds:.1f} |"
+            f"| {r.variant} | {r.architecture} | {r.registers} | {r.stack_bytes} | {r.shared_bytes} | "
+            f"{r.async_copies} | {r.seconds:.1f} |"
         )
     return "\n".join(lines)
 
@@ -297,11 +299,11 @@ def _table(results: list[Compiled]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lean_attention.variants",
-        description="Compile every variant of the LeanAttention kernels ahead of time and print what the compiler made of "
-        "it. Needs no GPU. Exits with 1 if a variant does not compile.",
+        description="Compile every variant of the LeanAttention kernels ahead of time and print what the compiler made "
+        "of it. Needs no GPU. Exits with 1 if a variant does not compile.",
     )
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="architecture; repeat for several (all)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds TEXT, such as decode-d128")
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds TEXT, as decode-d128")
     parser.add_argument("--jobs", type=int, metavar="N", help="compiler processes (one per core)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table here, as Markdown")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
@@ -316,7 +318,8 @@ def main(arguments: list[str] | None = None) -> int:
     results: list[Compiled] = []
     for result in compile_all(architectures, only=options.only, jobs=options.jobs):
         results.append(result)
-        print(f"[{len(results)}/{total}] {result.architecture} {result.variant} {result.seconds:.1f} s", file=sys.stderr)
+        progress = f"[{len(results)}/{total}] {result.architecture} {result.variant} {result.seconds:.1f} s"
+        print(progress, file=sys.stderr)
     failed = [r for r in results if r.error is not None]
     spilled = [r for r in results if r.stack_bytes]
     table = _table(results)
@@ -327,8 +330,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out is not None:
         date = datetime.datetime.now(datetime.UTC).date()
         options.out.write_text(
-            f"# Compiled variants\n\nTriton {triton.__version__}, {date}, by `python -m lean_attention.variants`. Read from "
-            f"the binaries; nothing here was run.\n\n{table}\n"
+            f"# Compiled variants\n\nTriton {triton.__version__}, {date}, by `python -m lean_attention.variants`. Read "
+            f"from the binaries; nothing here was run.\n\n{table}\n"
         )
     return 1 if failed else 0
 
