@@ -64,10 +64,13 @@ def engine(
 ) -> None:
     """Decode speed and time to first token on this machine's CPU, beside transformers `generate`.
 
-    A random Llama of 0.2B parameters (8 layers, hidden 1024, 16 query and 8 KV heads of 128) is made in a temporary
-    directory. Every system has the same dtype and the same threads in all (the cores, or OMP_NUM_THREADS), and they
-    take turns at every cell of the grid. Decode is measured on caches filled with random numbers, so long contexts
-    cost no prefill; time to first token is a real prefill. The whole grid takes about half an hour on 2 cores.
+    A random Llama of 0.2B parameters (8 layers, hidden 1024, 16 query and 8
+    KV heads of 128) is made in a temporary directory. Every system has the
+    same dtype and the same threads in all (the cores, or OMP_NUM_THREADS),
+    and they take turns at every cell of the grid. Decode is measured on
+    caches filled with random numbers, so long contexts cost no prefill; time
+    to first token is a real prefill. The whole grid takes about half an hour
+    on 2 idle cores.
     """
     from leanserve.bench.engine import Grid, run_engine_bench
     from leanserve.bench.random_model import STANDARD, TINY

@@ -15,7 +15,7 @@ first token: seconds from handing over the prompts to a prompt's first token, me
 
 DTypeName = Literal["float32", "bfloat16"]
 
-MIN_STEPS, MAX_STEPS, STEPS_MAX_S = 5, 48, 10.0
+MIN_STEPS, MAX_STEPS, STEPS_MAX_S = 5, 48, 5.0
 MAX_RUNS, RUNS_MAX_S = 3, 4.0
 
 
@@ -47,7 +47,7 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 class StepClock:
-    """Times decode steps until there are enough: 48, or what fits in 10 seconds, but never fewer than 5."""
+    """Times decode steps until there are enough: 48, or what fits in 5 seconds, but never fewer than 5."""
 
     def __init__(self) -> None:
         self._ticks: list[float] = []
