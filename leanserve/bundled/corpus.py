@@ -10,6 +10,7 @@ tokens, reads a tokenizer.
 """
 
 import random
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,17 @@ from leanserve.bundled.words import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["RELATIONS", "STYLES", "Fact", "Haystack", "NeedlePrompt", "Writer", "make_haystack", "make_prompt"]
+__all__ = [
+    "RELATIONS",
+    "STYLES",
+    "Fact",
+    "Haystack",
+    "NeedlePrompt",
+    "Writer",
+    "corpus_words",
+    "make_haystack",
+    "make_prompt",
+]
 
 STYLES = ("log", "inventory", "diary")
 
@@ -256,6 +267,21 @@ class Writer:
         return "".join(filled)
 
 
+@cache
+def corpus_words() -> set[str]:
+    """Every word that the grammar can write, in lower case, numbers left out."""
+    pools = (
+        *(text for texts in (*SLOTS.values(), *FILLER.values(), *LEADS.values()) for text in texts),
+        *(
+            text
+            for r in RELATIONS.values()
+            for text in (r.subject, r.clause, r.updated, r.question, *r.heads, *r.tails)
+        ),
+        *(*HEADERS.values(), *CONTAINERS, *PORTS, *MONTHS, *DAYS, "Entry", "Correction", "Question", "Answer"),
+    )
+    return {word for text in pools for word in re.findall(r"[a-z]+", re.sub("{.*?}", " ", text).lower())}
+
+
 @dataclass(frozen=True)
 class Haystack:
     """A document that holds facts among filler. It ends with a whole sentence."""
@@ -323,9 +349,9 @@ def make_haystack(
     writer = Writer(rng, rng.choice(STYLES))
     first_told = [writer.fact() for _ in depths]
     facts = tuple(writer.update(fact) for fact in first_told) if updated else tuple(first_told)
-    told = list(zip(depths, facts, strict=True))
-    if updated:
-        told += [(depth / 2, fact) for depth, fact in zip(depths, first_told, strict=True)]
+    # What is overruled comes first, so that at depth 0 too it is told before its update.
+    told = [(depth / 2, fact) for depth, fact in zip(depths, first_told, strict=True)] if updated else []
+    told += zip(depths, facts, strict=True)
     told += [((i + 0.5) / distractors, writer.distractor(facts[i % len(facts)])) for i in range(distractors)]
     told.sort(key=lambda item: item[0])
 

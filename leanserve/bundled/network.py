@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["KVCache", "Network", "Shape", "load", "save"]
+__all__ = ["Attention", "KVCache", "Network", "Shape", "load", "save"]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The corpus: the same text for the same seed, facts that can be told apart, prompts of the exact length."""
 
 import random
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from leanserve.bundled import bundled_model_dir
-from leanserve.bundled.corpus import RELATIONS, STYLES, Fact, Writer, make_haystack, make_prompt
+from leanserve.bundled.corpus import RELATIONS, STYLES, Fact, Writer, corpus_words, make_haystack, make_prompt
 
 TOKENIZER = Tokenizer.from_file(str(bundled_model_dir() / "tokenizer.json"))
 # Half of the longest sentence: a fact stands between two sentences.
@@ -56,6 +57,19 @@ def test_an_update_follows_the_fact_it_overrules_and_both_are_told() -> None:
         old = Fact(fact.relation, fact.a, fact.b, "")
         first = haystack.text.lower().index(f"{old.clause} ".lower())
         assert first < haystack.text.index(f"Correction: {fact.clause} {fact.value}.")
+
+
+def test_at_depth_0_too_an_update_comes_second() -> None:
+    prompt = make_prompt(600, 0, seed=2, updated=True, distractors=0)
+    correction = prompt.text.index("Correction: ")
+    subject = prompt.text[correction:].split(":")[1].split(" now ")[0].split(" really ")[0].split(" is ")[0].strip()
+    assert 0 < prompt.text.lower().index(subject.lower()) < correction
+
+
+def test_every_word_written_is_a_word_of_the_corpus() -> None:
+    for seed in range(10):
+        text = make_haystack(1500, (0.1, 0.5), f"words/{seed}", distractors=5, updated=True).text
+        assert set(re.findall(r"[a-z]+", text.lower())) <= corpus_words()
 
 
 def test_equal_seeds_give_equal_text_whatever_the_hash_seed() -> None:
