@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from cases import Case
 from clock import cache_bytes
-from lean_attention import PagedKV
 from torch import Tensor
+
+from lean_attention import PagedKV
 
 
 @dataclass(frozen=True)

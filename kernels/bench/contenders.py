@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from caches import Caches
 from clock import eager_us
-from lean_attention import DecodePlan, PagedKV, lean_decode, plan_decode
 from torch import Tensor
+
+from lean_attention import DecodePlan, PagedKV, lean_decode, plan_decode
 
 Step = Callable[[], Tensor]
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from caches import Caches
-from lean_attention import PagedKV, lean_decode, plan_decode, reference
 from torch import Tensor
+
+from lean_attention import PagedKV, lean_decode, plan_decode, reference
 
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 2e-2, "float8_e4m3fn": 2e-2}
 CHECKED_SEQUENCES = 4

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from closeness import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, SmolLM3ForCausalLM
 
+from closeness import assert_close
 from leanserve.bundled import bundled_model_dir
 from leanserve.bundled.corpus import make_prompt
 from leanserve.bundled.evaluate import broken_words, sample

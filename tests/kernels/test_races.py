@@ -5,6 +5,7 @@ Run with `pytest -m gpu tests/kernels`; the public face's own tests run on the G
 
 import pytest
 import torch
+
 from closeness import assert_close
 from lean_attention import PagedKV, append_kv, lean_decode, lean_prefill, plan_decode, reference
 from paged_cache import page_out, random_contexts

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lean_attention.schedule import Schedule, holder, merge_groups, share, visible_tokens
 
 SCHEDULES = st.builds(

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from closeness import assert_close
 from lean_attention import PagedKV, plan_decode, reference
 from lean_attention.schedule import Schedule, visible_tokens

@@ -11,15 +11,16 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
 from lean_attention import variants as variants_module
 from lean_attention.flash_prefill import prefill_kernel
 from lean_attention.merge import merge_kernel
 from lean_attention.stream_k import decode_kernel
 from lean_attention.stream_k_plan import deal_kernel
 from lean_attention.variants import ARCHITECTURES, compile_all, main, variants
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
 
 TABLE = Path(__file__).parents[2] / "kernels" / "variants.md"
 
