@@ -4,6 +4,7 @@ Systems take turns at every cell, so that a machine that grows busy or warm is s
 on its pipe and takes no processor time.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -86,7 +87,8 @@ class System:
 
 
 def tasks_from(connection: Connection) -> Iterator[Task]:
-    """The tasks, until the other side closes the pipe."""
+    """The tasks, until the other side closes the pipe. Ctrl-C is the other side's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
             yield msgspec.json.decode(connection.recv_bytes(), type=Task)
