@@ -318,8 +318,8 @@ def main(arguments: list[str] | None = None) -> int:
     results: list[Compiled] = []
     for result in compile_all(architectures, only=options.only, jobs=options.jobs):
         results.append(result)
-        progress = f"[{len(results)}/{total}] {result.architecture} {result.variant} {result.seconds:.1f} s"
-        print(progress, file=sys.stderr)
+        outcome = f"{result.seconds:.1f} s" if result.error is None else "failed"
+        print(f"[{len(results)}/{total}] {result.architecture} {result.variant} {outcome}", file=sys.stderr, flush=True)
     failed = [r for r in results if r.error is not None]
     spilled = [r for r in results if r.stack_bytes]
     table = _table(results)
