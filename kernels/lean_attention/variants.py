@@ -189,7 +189,7 @@ def _plans() -> Iterator[Variant]:
 
 def _merge(head_dim: int, dtype: str) -> Variant:
     types = {"out_parts_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "lse_parts_ptr": "*fp32", "lse_ptr": "*fp32"}
-    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, merge_constants(head_dim), 1, 3)
+    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, merge_constants(head_dim), 4, 3)
 
 
 def _append(kv_heads: int, head_dim: int, new: str, kv: str) -> Variant:
