@@ -3,6 +3,9 @@
 Shapes: K KV heads, D head dim (both padded to a power of two), P pages, T tokens of a page.
 """
 
+# Triton's kernel language is not Python's to a type checker.
+# pyright: reportCallIssue=false
+
 import torch
 import triton
 import triton.language as tl

@@ -1,15 +1,18 @@
 """Prefill attention over paged keys: blocks of query tokens against the tiles they see, causal by absolute position.
 
 A CTA takes the heads of one group for a run of one sequence's query tokens, so that a tile is read once for the group:
-(token, head) pairs are the rows of one matrix. It walks the tiles that some of its tokens may see: first, without masks,
-those that all of them see, then the others. Returned are states: on a shard they are partial.
+(token, head) pairs are the rows of one matrix. It walks the tiles that some of its tokens may see: first, without
+masks, those that all of them see, then the others. Returned are states: on a shard they are partial.
 
-Sequences are found without a plan: sequence b's blocks start at q_offsets[b] // tokens_per_block + b, which leaves room for
-every block and at most one idle CTA to a sequence. Later blocks see more keys, so they are started first.
+Sequences are found without a plan: sequence b's blocks start at q_offsets[b] // tokens_per_block + b, which leaves
+room for every block and at most one idle CTA to a sequence. Later blocks see more keys, so they are started first.
 
-Shapes: Q query tokens of all sequences, H query heads, K KV heads, M rows (tokens x heads of a group), N tokens of a tile,
-D head dim padded to a power of two, T tokens of a page.
+Shapes: Q query tokens of all sequences, H query heads, K KV heads, M rows (tokens x heads of a group), N tokens of a
+tile, D head dim padded to a power of two, T tokens of a page.
 """
+
+# Triton's kernel language is not Python's to a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -98,7 +101,8 @@ def prefill_kernel(
         head = kv_head * GROUP + rows % GROUP
         inside = (rows < TOKENS * GROUP) & (token < end)
         q_rows_ptr = q_ptr + token.to(tl.int64) * q_stride_n + head.to(tl.int64) * q_stride_h
-        q = tl.load(q_rows_ptr[:, None] + d[None, :], mask=inside[:, None] & (d[None, :] < HEAD_DIM), other=0.0)  # [M, D]
+        read = inside[:, None] & (d[None, :] < HEAD_DIM)
+        q = tl.load(q_rows_ptr[:, None] + d[None, :], mask=read, other=0.0)  # [M, D]
         q_position = tl.load(q_positions_ptr + token, mask=inside, other=-1)
         latest = tl.max(q_position, axis=0)
         earliest = tl.min(tl.where(inside, q_position, FAR), axis=0)
@@ -108,9 +112,7 @@ def prefill_kernel(
         length = tl.load(lengths_ptr + b)
         row_table_ptr = table_ptr + b.to(tl.int64) * table_stride
         row_positions_ptr = None if positions_ptr is None else positions_ptr + b.to(tl.int64) * positions_stride
-        first, full, last = _seen_tokens(
-            row_positions_ptr, length, earliest, latest, horizon, PAGE, window is not None
-        )
+        first, full, last = _seen_tokens(row_positions_ptr, length, earliest, latest, horizon, PAGE, window is not None)
         first_tile = first // N
         last_tile = tl.where(last > first, tl.cdiv(last, N), first_tile)
 
@@ -138,8 +140,7 @@ def prefill_kernel(
         out, lse = finish(acc, m, den, sinks_ptrs, v_scale_ptr, inside)
         row = token.to(tl.int64) * (kv_heads * GROUP) + head
         tl.store(lse_ptr + row, lse, mask=inside)
-        out_mask = inside[:, None] & (d[None, :] < HEAD_DIM)
-        tl.store(out_ptr + row[:, None] * HEAD_DIM + d[None, :], out, mask=out_mask)
+        tl.store(out_ptr + row[:, None] * HEAD_DIM + d[None, :], out, mask=read)
 
 
 def prefill_constants(

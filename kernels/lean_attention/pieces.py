@@ -20,8 +20,9 @@ def holder(item, total, parts):
 
 @triton.jit
 def store_piece(
-    sums_ptr, stats_ptr, slot, acc, m, den, M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+    sums_ptr, stats_ptr, slot, acc, m, den,
+    M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
     """Leave sums acc [M, D], maxima m [M] and denominators den [M] in a slot of the scratch memory."""
     g, d = tl.arange(0, M), tl.arange(0, D)
     slot = slot.to(tl.int64)

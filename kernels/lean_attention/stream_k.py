@@ -1,19 +1,22 @@
 """Stream-K decode attention over paged keys: one launch, no waiting, any mix of lengths.
 
 Each CTA walks its run of tiles (see schedule.py), crossing row borders, with an online softmax in base 2. A row that it
-covers whole it writes at once; of any other it leaves a piece (sums, maximum, denominator) in scratch memory and adds one
-to the row's arrival counter. Whoever finds itself last merges the pieces, in piece order, so that equal inputs give equal
-bits whoever that is. No CTA ever waits for another: the launch needs no co-residency and cannot deadlock beside NCCL or
-another stream. Rows of many pieces merge in two levels. The last one sets the counter back to zero.
+covers whole it writes at once; of any other it leaves a piece (sums, maximum, denominator) in scratch memory and adds
+one to the row's arrival counter. Whoever finds itself last merges the pieces, in piece order, so that equal inputs
+give equal bits whoever that is. No CTA ever waits for another: the launch needs no co-residency and cannot deadlock
+beside NCCL or another stream. Rows of many pieces merge in two levels. The last one sets the counter back to zero.
 
 The query heads of a group share their keys, so they are the rows of one matrix (padded to 16) and a tile is read once.
 
-Constexpr: head dim, group, tile, page size, dtypes (by pointer) and which options are on. Lengths, batch, grid and windows
-are runtime values and are never specialised on.
+Constexpr: head dim, group, tile, page size, dtypes (by pointer) and which options are on. Lengths, batch, grid and
+windows are runtime values and are never specialised on.
 
-Shapes: B sequences, H query heads, K KV heads, M query heads of a group (padded), D head dim (padded), P pages, T tokens of
-a page, N tokens of a tile, S pieces, G CTAs.
+Shapes: B sequences, H query heads, K KV heads, M query heads of a group (padded), D head dim (padded), P pages, T
+tokens of a page, N tokens of a tile, S pieces, G CTAs.
 """
+
+# Triton's kernel language is not Python's to a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
 import triton
@@ -134,7 +137,8 @@ def decode_kernel(
             q, acc, m, den, masked_from, origin + last, length, 0, oldest, oldest,
             k_head_ptr, v_head_ptr, row_table_ptr, row_positions_ptr, table_width,
             k_stride_p, k_stride_t, v_stride_p, v_stride_t, scale_log2, softcap,
-            HEAD_DIM, D, N, PAGE, True, False, window is not None, PRECISION, UPCAST, STAGES if window is not None else 1,
+            HEAD_DIM, D, N, PAGE, True, False, window is not None, PRECISION, UPCAST,
+            STAGES if window is not None else 1,
         )  # fmt: skip
 
         if last - first == tiles:
@@ -174,8 +178,8 @@ def decode_kernel(
                     tl.store(level_ptr + leader, 0)
                     if step * width >= pieces:
                         _write_row(
-                            out_ptr, lse_ptr, sinks_ptr, v_scale_ptr, sequence, kv_head, kv_heads, sum_acc, sum_m, sum_den,
-                            M_MERGE, D, GROUP, HEAD_DIM,
+                            out_ptr, lse_ptr, sinks_ptr, v_scale_ptr, sequence, kv_head, kv_heads,
+                            sum_acc, sum_m, sum_den, M_MERGE, D, GROUP, HEAD_DIM,
                         )  # fmt: skip
                     else:
                         # The group's sum takes its first piece's place, once every thread has read that.
@@ -244,8 +248,8 @@ def decode(
     given = (B, H, kv.num_kv_heads, kv.head_dim, kv.page_tokens)
     if planned != given:
         raise ValueError(
-            f"the plan is for (sequences, query heads, KV heads, head dim, page tokens) {planned}, the call has {given}; "
-            "make a plan for each shape"
+            f"the plan is for (sequences, query heads, KV heads, head dim, page tokens) {planned}, the call has "
+            f"{given}; make a plan for each shape"
         )
     if q.stride(2) != 1:
         q = q.contiguous()
@@ -263,8 +267,9 @@ def decode(
         0 if kv.page_positions is None else kv.page_positions.stride(0),
         q.stride(0), q.stride(1), *kv.k.stride()[:3], *kv.v.stride()[:3],
         **decode_constants(
-            D, plan.group, tile=plan.tile, page_tokens=kernel_page_tokens(kv), num_stages=plan.num_stages, fan_in=plan.fan_in,
-            fixed_split=plan.fixed_split, precision=dot_precision(q.dtype, arch_family(q.device)),
+            D, plan.group, tile=plan.tile, page_tokens=kernel_page_tokens(kv), num_stages=plan.num_stages,
+            fan_in=plan.fan_in, fixed_split=plan.fixed_split,
+            precision=dot_precision(q.dtype, arch_family(q.device)),
         ),
         num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -5,6 +5,9 @@ Logits are in base 2 inside: m is the largest logit times log2(e), and `finish` 
 Shapes: M query rows, N tokens of a tile, D head dim padded to a power of two, T tokens of a page.
 """
 
+# Triton's kernel language is not Python's to a type checker.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -15,12 +18,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def _attend(
     q, k, v, acc, m, den, seen, scale_log2, softcap,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile: q [M, D], k and v [N, D], sums acc [M, D], maxima m [M], denominators den [M], seen [1 or M, N]."""
-    if UPCAST:
-        # Triton 3.9's interpreter multiplies the bit patterns of bfloat16.
-        q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N]
     if softcap is not None:
         # scale_log2 holds 1 / softcap: logits are x log2(e) with x = s / softcap, and tanh(x) = 1 - 2 / (exp(2x) + 1).
@@ -77,6 +77,9 @@ def walk(
     d = tl.arange(0, D)
     n = tl.arange(0, N)
     ONE_PAGE: tl.constexpr = PAGE % N == 0
+    if UPCAST:
+        # Triton 3.9's interpreter multiplies the bit patterns of bfloat16.
+        q = q.to(tl.float32)
     page = _pages(table_ptr, first, length, table_width, N, PAGE)
     for tile in tl.range(first, last, num_stages=STAGES):
         token = tile * N + n  # [N]
@@ -117,8 +120,11 @@ def walk(
                 seen = seen & (position[None, :] <= newest)
             if WINDOWED:
                 seen = seen & (position[None, :] >= oldest)
-                v = tl.where(position[:, None] >= horizon, v, 0.0)
-        acc, m, den = _attend(q, k, v, acc, m, den, seen, scale_log2, softcap, MASKED, PRECISION, UPCAST)
+                # What lies before the horizon may be NaN by now, and 0 * NaN is NaN. A clamp to 0, where a mask would
+                # do, because a [N, D] mask of single bits fails to compile in some layouts (Triton 3.9).
+                bound = tl.where(position >= horizon, float("inf"), 0.0).to(v.dtype)
+                v = tl.minimum(tl.maximum(v, -bound[:, None]), bound[:, None])
+        acc, m, den = _attend(q, k, v, acc, m, den, seen, scale_log2, softcap, MASKED, PRECISION)
     return acc, m, den
 
 

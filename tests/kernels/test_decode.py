@@ -23,7 +23,7 @@ CASES = pairwise_cases(
         "group": [1, 3, 4, 5, 7, 8, 16, 32],
         "head_dim": [64, 80, 96, 128, 192, 256],
         "lengths": list(LENGTHS),
-        "num_ctas": [None, 1, 2, 7, 200],
+        "num_ctas": [None, 1, 2, 7, 45],
         "dtype": [torch.float32, torch.bfloat16, torch.float16, FP8],
         "shards": [1, 2, 3, 4],
         "window": [None, 1, 70, 10_000],
