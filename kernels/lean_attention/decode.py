@@ -146,7 +146,7 @@ def lean_decode(
     return AttentionState(out, lse)
 
 
-# The plan's scratch memory is written, but a launch leaves nothing in it that another one reads: to torch it is no result.
+# The plan's scratch memory is written, but a launch leaves nothing there that another one reads: it is no result.
 @torch.library.custom_op("lean_attention::decode", mutates_args=())
 def _decode(
     q: Tensor,
