@@ -144,8 +144,8 @@ def append_kv(
 
     k_new and v_new are [tokens, K, D]; token i goes to page pages[i], slot slots[i] (both int32 [tokens]). A negative
     page means that another shard owns the token: nothing is written for it. No two tokens may share a page and slot.
-    The values are cast to the pool's dtype; for float8_e4m3fn they are first divided by k_scale and v_scale, and clamped
-    to +-448.
+    The values are cast to the pool's dtype; for float8_e4m3fn they are first divided by k_scale and v_scale, and
+    clamped to +-448.
 
     Raises ValueError on other shapes, dtypes or devices. Page and slot ids are trusted: reading them would synchronise.
     """
