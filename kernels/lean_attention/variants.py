@@ -290,7 +290,8 @@ def _table(results: list[Compiled]) -> str:
             lines.append(f"| {r.variant} | {r.architecture} | failed: {r.error.splitlines()[0][:80]} | | | |")
             continue
         lines.append(
-            f"| {r.variant} | {r.architecture} | {r.registers} | {r.stack_bytes} | {r.shared_bytes} | {r.async_copies} |"
+            f"| {r.variant} | {r.architecture} | {r.registers} | {r.stack_bytes} | {r.shared_bytes} | "
+            f"{r.async_copies} |"
         )
     return "\n".join(lines)
 
