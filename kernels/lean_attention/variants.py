@@ -282,16 +282,16 @@ def compile_all(architectures: Iterable[str], *, only: str = "", jobs: int | Non
 
 def _table(results: list[Compiled]) -> str:
     lines = [
-        "| variant | architecture | registers | spilled bytes | shared bytes | async copies | compile s |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| variant | architecture | registers | spilled bytes | shared bytes | async copies |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for r in results:
         if r.error is not None:
-            lines.append(f"| {r.variant} | {r.architecture} | failed: {r.error.splitlines()[0][:80]} | | | | |")
+            lines.append(f"| {r.variant} | {r.architecture} | failed: {r.error.splitlines()[0][:80]} | | | |")
             continue
         lines.append(
             f"| {r.variant} | {r.architecture} | {r.registers} | {r.stack_bytes} | {r.shared_bytes} | "
-            f"{r.async_copies} | {r.seconds:.1f} |"
+            f"{r.async_copies} |"
         )
     return "\n".join(lines)
 
