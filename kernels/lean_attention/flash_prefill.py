@@ -62,11 +62,13 @@ def _seen_tokens(positions_ptr, length, earliest, latest, oldest, page_tokens, W
     else:
         # Pages may be listed in any order of position.
         first, full, last = length, length, length * 0
-        for start in range(0, tl.cdiv(length, page_tokens), 512):
+        pages = tl.cdiv(length, page_tokens)
+        for start in range(0, pages, 512):
             page = start + tl.arange(0, 512)
-            begin = page * page_tokens
+            listed = page < pages
+            # Beyond the last page, page * page_tokens may wrap around: a cache of one page counts as 2^30 tokens long.
+            begin = tl.where(listed, page, 0) * page_tokens
             stop = tl.minimum(begin + page_tokens, length)
-            listed = begin < length
             position = tl.load(positions_ptr + page, mask=listed, other=0)
             newest = position + stop - begin - 1
             seen = listed & (position <= latest)

@@ -116,10 +116,11 @@ def visible_kernel(
     length = tl.load(lengths_ptr + b)
     oldest = tl.load(q_positions_ptr + b) - window + 1
     first, end = length, length * 0
-    for start in range(0, tl.cdiv(length, page_tokens), BLOCK):
+    pages = tl.cdiv(length, page_tokens)
+    for start in range(0, pages, BLOCK):
         page = start + tl.arange(0, BLOCK)  # [BLOCK]
-        begin = page * page_tokens
-        listed = begin < length
+        listed = page < pages
+        begin = tl.where(listed, page, 0) * page_tokens  # beyond the last page the product could wrap around
         position = tl.load(page_positions_ptr + b.to(tl.int64) * positions_stride + page, mask=listed, other=0)
         stop = tl.minimum(begin + page_tokens, length)
         seen = begin + tl.maximum(oldest - position, 0)

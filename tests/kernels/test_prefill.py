@@ -109,6 +109,22 @@ def test_blocks_of_queries_and_tiles_of_keys(window, generator, monkeypatch):
             assert_close(actual.lse, expected.lse, torch.float32)
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_shard_of_one_page_that_lies_anywhere(window, target, generator):
+    """A rank's whole share of a short sequence: one page, whose position is given."""
+    contexts = random_contexts([9, 0, 16], 2, 32, generator)
+    kv = page_out(contexts, 16, generator, device=target.device)
+    positions = torch.tensor([[32], [0], [16]], dtype=torch.int32, device=target.device)
+    shard = PagedKV(kv.k, kv.v, kv.page_table[:, :1].contiguous(), kv.lengths, page_positions=positions)
+    q = torch.randn(8, 4, 32, generator=generator).to(target.device)
+    offsets = torch.tensor([0, 5, 6, 8], dtype=torch.int32, device=target.device)
+    q_positions = torch.tensor([31, 32, 36, 40, 45, 3, 20, 35], dtype=torch.int32, device=target.device)
+    expected = reference.lean_prefill(q, shard, offsets, q_positions, window=window)
+    state = lean_prefill(q, shard, offsets, q_positions, window=window, backend=target.backend)
+    assert_close(state.out, expected.out, torch.float32)
+    assert_close(state.lse, expected.lse, torch.float32)
+
+
 def test_one_query_a_sequence_is_decode(target, generator):
     contexts = random_contexts([33, 1, 16], 2, 64, generator)
     kv = page_out(contexts, 16, generator, device=target.device)
