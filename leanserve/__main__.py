@@ -95,6 +95,14 @@ MaxBatchTokens = Annotated[
     int, typer.Option(help="Tokens computed in one step, decode and prefill together.", rich_help_panel=MEMORY)
 ]
 MaxSequences = Annotated[int, typer.Option(help="Sequences that run at once.", rich_help_panel=MEMORY)]
+LongPrefillTokens = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="Longer prompts give way to shorter ones. auto: half of --max-batch-tokens.",
+        rich_help_panel=MEMORY,
+    ),
+]
 
 
 def _count_or_auto(name: str, text: str) -> int | None:
@@ -126,6 +134,7 @@ def serve(
     kv_memory: KvMemory = "auto",
     max_batch_tokens: MaxBatchTokens = 2048,
     max_sequences: MaxSequences = 256,
+    long_prefill_tokens: LongPrefillTokens = "auto",
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API.
 
@@ -153,6 +162,7 @@ def serve(
             max_context_tokens=_count_or_auto("--max-context-tokens", max_context_tokens),
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
+            long_prefill_tokens=_count_or_auto("--long-prefill-tokens", long_prefill_tokens),
         ),
     )
     sys.exit(serve_until_stopped(options))

@@ -42,12 +42,17 @@ class BatchOptions:
     """Tokens in one step, decode rows and prefill chunks together."""
     max_sequences: int = 256
     """Sequences that hold pages at once."""
+    long_prefill_tokens: int | None = None
+    """A prompt with more tokens to compute than this is long: short ones go before it, as far as half of the step,
+    and several long ones advance together. None: half of max_batch_tokens."""
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1:
             raise ConfigError(f"max batch tokens is {self.max_batch_tokens}; it must be at least 1")
         if self.max_sequences < 1:
             raise ConfigError(f"max sequences is {self.max_sequences}; it must be at least 1")
+        if self.long_prefill_tokens is not None and self.long_prefill_tokens < 1:
+            raise ConfigError(f"long prefill tokens is {self.long_prefill_tokens}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.errors import RequestTooLongError
 from leanserve.contracts.kv_sharding import KvSharding, PageGrant
 from leanserve.engine.pages import PageAllocator
+from leanserve.engine.prompt_shares import PromptShares
 from leanserve.engine.sequence import Sequence, SequenceState
 
 __all__ = ["Scheduler"]
@@ -15,15 +16,17 @@ __all__ = ["Scheduler"]
 class Scheduler:
     """Continuous batching, first come first served.
 
-    Every step holds one row of each sequence that decodes, then prompt chunks in order of arrival while the token
-    budget lasts. A sequence is admitted when its whole prompt fits beside the next token of everybody. So:
+    Every step holds one row of each sequence that decodes; `PromptShares` deals the rest of the budget to prompts. A
+    sequence is admitted, in order of arrival, when its whole prompt fits beside the next token of everybody. So:
 
-    - Running sequences are older than waiting ones, and only the youngest of them can be in the middle of its prompt.
-    - Who is admitted gets at least one token of that step's budget, beside a row of everybody who runs. So there are
+    - Running sequences are older than waiting ones. Any number of them may be in the middle of their prompts.
+    - Who is admitted gets at least one token of that step's budget, and so does everybody else who runs. So there are
       never more running sequences than tokens in the budget, and each that decodes has a row in every step.
+    - What a prompt still lacks is kept from everybody younger. So the oldest never waits for a page, and is never sent
+      away: it ends, and then another is the oldest.
     - When decoding runs out of pages, the youngest gives all of its pages back and waits at the head of the queue, to
       be computed again. It returns only when everybody has room to grow, twice as much each time it was sent away, so
-      the number of times is logarithmic in the longest completion asked for. The oldest is never sent away.
+      the number of times is logarithmic in the longest completion asked for.
     """
 
     def __init__(self, sharding: KvSharding, options: BatchOptions, max_context_tokens: int) -> None:
@@ -34,6 +37,9 @@ class Scheduler:
         """Since start."""
         self.step = 0
         """The newest step handed out; 0 before the first."""
+        self._long_prefill_tokens = (
+            options.max_batch_tokens // 2 if options.long_prefill_tokens is None else options.long_prefill_tokens
+        )
         self._allocator = PageAllocator(sharding)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
@@ -87,11 +93,10 @@ class Scheduler:
         """The next step, or None when there is nothing to do or to tell. Costs O(rows + pages granted)."""
         grants: list[PageGrant] = []
         rows = self._decode_rows(grants)
-        budget_tokens = self.options.max_batch_tokens - len(rows)
-        unfinished = [s for s in self._running.values() if s.num_tokens - s.num_computed_tokens > 1]
-        left_tokens = budget_tokens - sum(s.num_tokens - s.num_computed_tokens for s in unfinished)
-        admitted = self._admit(left_tokens)
-        rows += self._prefill_rows(unfinished + admitted, budget_tokens, grants)
+        shares = PromptShares(self.options.max_batch_tokens - len(rows))
+        self._add_running_prompts(shares)
+        admitted = self._admit(shares)
+        rows += self._prefill_rows(shares, grants)
         if not rows and not self._dropped:
             return None
         self.step += 1
@@ -114,25 +119,46 @@ class Scheduler:
         """One row for each running sequence that lacks nothing but its newest token, oldest first."""
         rows: list[Row] = []
         page_tokens = self.sharding.page_tokens
+        kept_pages = 0
         for sequence in tuple(self._running.values()):
             if sequence.state is not SequenceState.RUNNING:
                 break  # sent away by an older one in this very loop, and so are all that follow
             start = sequence.num_computed_tokens
             if sequence.num_tokens - start != 1:
+                kept_pages += self._missing_pages(sequence)
                 continue
             if start % page_tokens == 0:
-                if not self._make_room_for(sequence):
+                if not self._make_room_for(sequence, kept_pages):
                     break
                 grants += self._grow(sequence, 1)
             rows.append(Row(sequence.id, start, 1, True))
         return rows
 
-    def _admit(self, budget_tokens: int) -> list[Sequence]:
-        """Take sequences off the queue while the head fits and some of the budget is left for it."""
+    def _add_running_prompts(self, shares: PromptShares) -> None:
+        """What running sequences want of their prompts: no more than the pages hold that older ones leave.
+
+        Decoding may have taken pages that an admitted prompt was counted to need. It then waits: those who took them
+        are older, so they end and give pages back, or send it away.
+        """
+        free_pages = self._allocator.num_free
+        for sequence in self._running.values():
+            start = sequence.num_computed_tokens
+            if sequence.num_tokens - start > 1:
+                holdable_tokens = (sequence.pages.count + free_pages) * self.sharding.page_tokens
+                wanted_tokens = min(sequence.num_tokens, holdable_tokens) - start
+                if wanted_tokens:
+                    shares.add(sequence, wanted_tokens)
+                free_pages = max(free_pages - self._missing_pages(sequence), 0)
+
+    def _admit(self, shares: PromptShares) -> list[Sequence]:
+        """Take sequences off the queue while the head fits and there is a share of the step for it."""
         admitted: list[Sequence] = []
         room_tokens = needed_pages = 0
-        while self._waiting and budget_tokens > 0 and len(self._running) < self.options.max_sequences:
+        while self._waiting and len(self._running) < self.options.max_sequences:
             sequence = self._waiting[0]
+            is_long = sequence.num_tokens > self._long_prefill_tokens
+            if not shares.has_room_for(sequence.num_tokens, is_long=is_long):
+                break
             if room_tokens != self._room_tokens(sequence):
                 room_tokens = self._room_tokens(sequence)
                 needed_pages = sum(self._missing_pages(s, room_tokens) for s in self._running.values())
@@ -142,44 +168,35 @@ class Scheduler:
             self._waiting.popleft()
             self._running[sequence.id] = sequence
             sequence.state = SequenceState.RUNNING
+            sequence.is_long = is_long
+            shares.add(sequence, sequence.num_tokens)
             admitted.append(sequence)
-            budget_tokens -= sequence.num_tokens
         return admitted
 
     def _room_tokens(self, sequence: Sequence) -> int:
         """By how many tokens everybody must be able to grow before `sequence` is admitted."""
         return self.sharding.page_tokens << sequence.preemptions if sequence.preemptions else 1
 
-    def _missing_pages(self, sequence: Sequence, room_tokens: int) -> int:
+    def _missing_pages(self, sequence: Sequence, room_tokens: int = 0) -> int:
         """Pages that a sequence lacks to hold its tokens and `room_tokens` more, as far as it may grow at all."""
         end = min(sequence.num_tokens + room_tokens, sequence.max_total_tokens)
         return self.sharding.pages_for(end) - sequence.pages.count
 
-    def _prefill_rows(self, sequences: list[Sequence], budget_tokens: int, grants: list[PageGrant]) -> list[Row]:
-        """One chunk of each sequence in turn while the budget lasts, no longer than the free pages can hold.
-
-        Decoding may have taken pages that an admitted prompt was counted to need. It then waits: those who decode are
-        older, so they end and give pages back, or send it away.
-        """
+    def _prefill_rows(self, shares: PromptShares, grants: list[PageGrant]) -> list[Row]:
         rows: list[Row] = []
-        for sequence in sequences:
+        for sequence, count in shares.deal():
             start = sequence.num_computed_tokens
-            holdable = (sequence.pages.count + self._allocator.num_free) * self.sharding.page_tokens
-            end = min(sequence.num_tokens, start + budget_tokens, holdable)
-            if end == start:
-                break
-            missing_pages = self.sharding.pages_for(end) - sequence.pages.count
-            grants += self._grow(sequence, missing_pages)
-            rows.append(Row(sequence.id, start, end - start, end == sequence.num_tokens))
-            budget_tokens -= end - start
+            end = start + count
+            grants += self._grow(sequence, self.sharding.pages_for(end) - sequence.pages.count)
+            rows.append(Row(sequence.id, start, count, end == sequence.num_tokens))
         return rows
 
     def _grow(self, sequence: Sequence, pages: int) -> list[PageGrant]:
         return self._allocator.grow(sequence.pages, pages, self.sharding.pages_for(sequence.max_total_tokens))
 
-    def _make_room_for(self, sequence: Sequence) -> bool:
-        """Free a page, at the expense of the youngest. False if `sequence` itself was the youngest and is gone."""
-        while not self._allocator.num_free:
+    def _make_room_for(self, sequence: Sequence, kept_pages: int) -> bool:
+        """Free a page beside `kept_pages`, at the expense of the youngest. False if that was `sequence` itself."""
+        while self._allocator.num_free <= kept_pages and sequence.state is SequenceState.RUNNING:
             youngest = next(reversed(self._running.values()))
             self._release(youngest)
             youngest.state = SequenceState.WAITING

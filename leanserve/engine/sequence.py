@@ -26,6 +26,7 @@ class Sequence:
     __slots__ = (
         "end_token_ids",
         "id",
+        "is_long",
         "max_total_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -66,6 +67,8 @@ class Sequence:
         """Tokens whose KV is in the cache; the newest token's is not."""
         self.pages = SequencePages(sequence_id)
         """None of them while it waits."""
+        self.is_long = False
+        """Whether it had more to compute than a short prompt when it was last admitted."""
         self.preemptions = 0
         self.state = SequenceState.WAITING
 

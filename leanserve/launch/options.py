@@ -41,6 +41,8 @@ class LaunchOptions:
     max_context_tokens: int | None = None
     max_batch_tokens: int = 2048
     max_sequences: int = 256
+    long_prefill_tokens: int | None = None
+    """Longer prompts give way to shorter ones; None: half of max_batch_tokens."""
 
     def __post_init__(self) -> None:
         if self.ranks is not None and not 1 <= self.ranks <= 1024:
@@ -69,5 +71,9 @@ class LaunchOptions:
                 kv_memory_bytes=None if self.kv_memory is None else parse_bytes(self.kv_memory),
                 max_context_tokens=self.max_context_tokens,
             ),
-            batch=BatchOptions(max_batch_tokens=self.max_batch_tokens, max_sequences=self.max_sequences),
+            batch=BatchOptions(
+                max_batch_tokens=self.max_batch_tokens,
+                max_sequences=self.max_sequences,
+                long_prefill_tokens=self.long_prefill_tokens,
+            ),
         )

@@ -107,8 +107,9 @@ class CheckedRun:
     def _execute(self, batch: Batch) -> StepResult:
         assert sum(row.count for row in batch.rows) <= self.options.max_batch_tokens
         assert len({row.sequence_id for row in batch.rows}) == len(batch.rows)
-        chunk_at = [i for i, row in enumerate(batch.rows) if row.count > 1]
-        assert not chunk_at or all(row.samples for row in batch.rows[: chunk_at[0]]), "decode rows come first"
+        streams = self.must_compute - set(batch.dropped)
+        last_stream = max((i for i, row in enumerate(batch.rows) if row.sequence_id in streams), default=0)
+        assert all(row.count == 1 and row.samples for row in batch.rows[:last_stream]), "decode rows come first"
         for new in batch.started:
             assert new.sequence_id in self.starts or new.sequence_id > max(self.starts, default=0), "a queue was jumped"
             self.starts[new.sequence_id] += 1
@@ -117,6 +118,8 @@ class CheckedRun:
         request_ids = list(self.accepted)
         preempted = [number for number in batch.dropped if request_ids[number - 1] not in self.ends]
         assert all(row.sequence_id < min(preempted) for row in batch.rows if preempted), "an older one made room"
+        running = {row.sequence_id for row in batch.rows} | self.executor.sequences.keys() - set(batch.dropped)
+        assert not running or any(row.sequence_id == min(running) for row in batch.rows), "the oldest had to wait"
         result = self.executor(batch)
         assert self.executor.used_per_rank == self.scheduler.pages_used_per_rank
         computed = {row.sequence_id for row in batch.rows}
