@@ -7,10 +7,14 @@ from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.errors import RequestTooLongError
 from leanserve.contracts.kv_sharding import KvSharding, PageGrant
 from leanserve.engine.pages import PageAllocator
+from leanserve.engine.prefix_cache import PageNamer
 from leanserve.engine.prompt_shares import PromptShares
-from leanserve.engine.sequence import Sequence, SequenceState
+from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence, SequenceState
 
 __all__ = ["Scheduler"]
+
+_PAGES_NAMED_AT_ONCE = 64
+"""A look-up that ends early has named so many pages too many at most: they need their names later anyway."""
 
 
 class Scheduler:
@@ -29,7 +33,11 @@ class Scheduler:
       the number of times is logarithmic in the longest completion asked for.
     """
 
-    def __init__(self, sharding: KvSharding, options: BatchOptions, max_context_tokens: int) -> None:
+    def __init__(
+        self, sharding: KvSharding, options: BatchOptions, max_context_tokens: int, *, prefix_cache: bool = True
+    ) -> None:
+        """`prefix_cache` must be off where keys depend on more than the tokens before them (`Rope.depends_on_length`):
+        a page would then not fit every prompt that begins alike."""
         self.sharding = sharding
         self.options = options
         self.max_context_tokens = max_context_tokens
@@ -41,9 +49,12 @@ class Scheduler:
             options.max_batch_tokens // 2 if options.long_prefill_tokens is None else options.long_prefill_tokens
         )
         self._allocator = PageAllocator(sharding)
+        self._namer = PageNamer() if prefix_cache else None
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         """By sequence id, the oldest first."""
+        self._head_lacks_pages = False
+        """The head of the queue did not fit or was sent away, and nobody has left since."""
         self._dropped: list[int] = []
         """Released since the last batch; the ranks do not know yet."""
         self._completed = (0, 0)
@@ -87,6 +98,7 @@ class Scheduler:
             self._release(sequence)
         elif sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
+            self._head_lacks_pages = False
         sequence.state = SequenceState.FINISHED
 
     def next_batch(self) -> Batch | None:
@@ -95,7 +107,7 @@ class Scheduler:
         rows = self._decode_rows(grants)
         shares = PromptShares(self.options.max_batch_tokens - len(rows))
         self._add_running_prompts(shares)
-        admitted = self._admit(shares)
+        admitted = self._admit(shares, grants)
         rows += self._prefill_rows(shares, grants)
         if not rows and not self._dropped:
             return None
@@ -111,6 +123,7 @@ class Scheduler:
         for row in batch.rows:
             sequence = self._running[row.sequence_id]
             sequence.num_computed_tokens = row.start + row.count
+            self._publish(sequence, row.start // self.sharding.page_tokens)
             if row.samples:
                 sampled.append((sequence, next(token_ids)))
         return sampled
@@ -150,28 +163,65 @@ class Scheduler:
                     shares.add(sequence, wanted_tokens)
                 free_pages = max(free_pages - self._missing_pages(sequence), 0)
 
-    def _admit(self, shares: PromptShares) -> list[Sequence]:
+    def _admit(self, shares: PromptShares, grants: list[PageGrant]) -> list[Sequence]:
         """Take sequences off the queue while the head fits and there is a share of the step for it."""
         admitted: list[Sequence] = []
         room_tokens = needed_pages = 0
-        while self._waiting and len(self._running) < self.options.max_sequences:
+        while self._waiting and not self._head_lacks_pages and len(self._running) < self.options.max_sequences:
             sequence = self._waiting[0]
-            is_long = sequence.num_tokens > self._long_prefill_tokens
-            if not shares.has_room_for(sequence.num_tokens, is_long=is_long):
+            cached = self._cached_pages(sequence)
+            wanted_tokens = sequence.num_tokens - len(cached) * self.sharding.page_tokens
+            is_long = wanted_tokens > self._long_prefill_tokens
+            if not shares.has_room_for(wanted_tokens, is_long=is_long):
                 break
             if room_tokens != self._room_tokens(sequence):
                 room_tokens = self._room_tokens(sequence)
                 needed_pages = sum(self._missing_pages(s, room_tokens) for s in self._running.values())
-            needed_pages += self._missing_pages(sequence, room_tokens)
-            if needed_pages > self._allocator.num_free:
+            new_pages = self._missing_pages(sequence, room_tokens) - len(cached)
+            if needed_pages + new_pages + self._allocator.count_idle(cached) > self._allocator.num_free:
+                self._head_lacks_pages = True
                 break
+            needed_pages += new_pages
             self._waiting.popleft()
             self._running[sequence.id] = sequence
             sequence.state = SequenceState.RUNNING
+            sequence.num_computed_tokens = sequence.num_tokens - wanted_tokens
             sequence.is_long = is_long
-            shares.add(sequence, sequence.num_tokens)
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = sequence.num_computed_tokens
+            grants += self._allocator.share(sequence.pages, cached)
+            shares.add(sequence, wanted_tokens)
             admitted.append(sequence)
         return admitted
+
+    def _cached_pages(self, sequence: Sequence) -> list[int]:
+        """The pages that a sequence can share. Its newest token is not in them: the next one is sampled from it."""
+        numbers: list[int] = []
+        if self._namer is not None:
+            num_pages = (sequence.num_tokens - 1) // self.sharding.page_tokens
+            for first in range(0, num_pages, _PAGES_NAMED_AT_ONCE):
+                end = min(first + _PAGES_NAMED_AT_ONCE, num_pages)
+                numbers += self._allocator.find(self._page_names(sequence, first, end, self._namer))
+                if len(numbers) < end:
+                    break
+        return numbers
+
+    def _publish(self, sequence: Sequence, first: int) -> None:
+        """Let others share the pages from ordinal `first` on that are full and computed."""
+        end = sequence.num_computed_tokens // self.sharding.page_tokens
+        if self._namer is not None and first < end:
+            for ordinal, name in enumerate(self._page_names(sequence, first, end, self._namer), first):
+                self._allocator.publish(sequence.pages, ordinal, name)
+
+    def _page_names(self, sequence: Sequence, first: int, end: int, namer: PageNamer) -> list[bytes]:
+        """Names of a sequence's full pages with ordinals [first, end)."""
+        names = sequence.page_names
+        if len(names) < end:
+            page_tokens = self.sharding.page_tokens
+            parent = names[-1] if names else namer.root(sequence.sampling.cache_salt)
+            token_ids = sequence.token_bytes(len(names) * page_tokens, end * page_tokens)
+            names += namer.names(parent, token_ids, page_tokens * TOKEN_ID_BYTES)
+        return names[first:end]
 
     def _room_tokens(self, sequence: Sequence) -> int:
         """By how many tokens everybody must be able to grow before `sequence` is admitted."""
@@ -204,10 +254,12 @@ class Scheduler:
             youngest.preemptions += 1
             self.preemptions += 1
             self._waiting.appendleft(youngest)
+            self._head_lacks_pages = True
         return sequence.state is SequenceState.RUNNING
 
     def _release(self, sequence: Sequence) -> None:
         """Take a running sequence's pages back, and note it for the ranks."""
         del self._running[sequence.id]
+        self._head_lacks_pages = False
         self._allocator.release(sequence.pages)
         self._dropped.append(sequence.id)
