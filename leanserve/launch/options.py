@@ -39,6 +39,8 @@ class LaunchOptions:
     kv_memory: str | int | None = None
     """KV memory of each rank, such as 512MiB."""
     max_context_tokens: int | None = None
+    prefix_cache: bool = True
+    """Requests that begin alike share pages."""
     max_batch_tokens: int = 2048
     max_sequences: int = 256
     long_prefill_tokens: int | None = None
@@ -70,6 +72,7 @@ class LaunchOptions:
                 page_tokens=self.page_tokens,
                 kv_memory_bytes=None if self.kv_memory is None else parse_bytes(self.kv_memory),
                 max_context_tokens=self.max_context_tokens,
+                prefix_cache=self.prefix_cache,
             ),
             batch=BatchOptions(
                 max_batch_tokens=self.max_batch_tokens,

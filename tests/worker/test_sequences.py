@@ -89,3 +89,22 @@ def test_the_last_chunk_of_one_token_behind_a_prefill_stays_a_prefill_row():
     assert inputs.layout.decode.num_sequences == 0
     assert inputs.layout.prefill_offsets.tolist() == [0, 2, 3]
     assert inputs.sampling_rows.tolist() == [1, 2]
+
+
+def test_a_sequence_may_start_behind_pages_that_another_filled():
+    """Two of three pages are lent; they are on both ranks, and stay with the one when the other is dropped."""
+    tokens = list(range(10))
+    rows, layouts = [Row(2, 2 * T, 2, True)], []
+    for rank in range(2):
+        live = LiveSequences(rank, T)
+        live.apply([], [started(1, tokens[:9])], [PageGrant(1, 0, 0, 5), PageGrant(1, 1, 1, 7), PageGrant(1, 2, 0, 6)])
+        lent = [PageGrant(2, 0, 0, 5), PageGrant(2, 1, 1, 7)]
+        live.apply([], [started(2, tokens)], [*lent, PageGrant(2, 2, 1, 8)])
+        live.apply([1], [], [])
+        layouts.append(build_inputs(rows, live, T, torch.device("cpu")).layout)
+    here, there = layouts
+    assert (here.pages_N.tolist(), there.pages_N.tolist()) == ([-1, -1], [8, 8])
+    assert here.positions_N.tolist() == there.positions_N.tolist() == [8, 9]
+    assert (here.prefill.page_table_BM.tolist(), there.prefill.page_table_BM.tolist()) == ([[5]], [[7, 8]])
+    assert (here.prefill.page_positions_BM.tolist(), there.prefill.page_positions_BM.tolist()) == ([[0]], [[4, 8]])
+    assert (here.prefill.lengths_B.tolist(), there.prefill.lengths_B.tolist()) == ([4], [6])
