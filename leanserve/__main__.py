@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from leanserve import __version__
+from leanserve.bench.commands import bench_app
 from leanserve.contracts.errors import LeanServeError
 
 __all__ = ["main"]
@@ -21,8 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(no_args_is_help=True, help="Measure this machine; every figure stands beside a peer's.")
-app.add_typer(bench, name="bench")
+app.add_typer(bench_app, name="bench")
 
 
 class DTypeChoice(StrEnum):

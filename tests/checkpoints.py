@@ -78,7 +78,7 @@ def checkpoint(
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        "initializer_range": 0.1,
+        "initializer_range": 0.8 * hidden**-0.5,  # every projection keeps its input's scale, whatever its width
     }
     if family in ("mistral", "qwen2", "qwen3", "smollm3"):
         fields["sliding_window"] = window

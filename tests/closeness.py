@@ -13,9 +13,10 @@ TOLERANCE = {
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: torch.dtype | float) -> None:
-    """Fail unless every element is within `tolerance` (a number, or a dtype of the table) and the RMS error within a third.
+    """Fail unless every element is within `tolerance` and the RMS error within a third of it.
 
-    Infinities must agree in place and sign; a NaN on either side fails.
+    The tolerance is a number, or a dtype of the table. Infinities must agree in place and sign; a NaN on either side
+    fails.
     """
     limit = TOLERANCE[tolerance] if isinstance(tolerance, torch.dtype) else tolerance
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -27,7 +28,9 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: torch.dtype | floa
     if error.numel() == 0:
         return
     worst, rms = float(error.max()), float(error.square().mean().sqrt())
-    assert worst <= limit and rms <= limit / 3, (
+    seen = (
         f"max error {worst:.3g} (limit {limit:.3g}), RMS error {rms:.3g} (limit {limit / 3:.3g}) "
         f"over {error.numel()} elements of shape {tuple(actual.shape)}"
     )
+    assert worst <= limit, seen
+    assert rms <= limit / 3, seen

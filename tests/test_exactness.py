@@ -200,3 +200,13 @@ def test_seeded_samples_do_not_depend_on_company_or_ranks(model_dirs):
     assert len({tuple(ids) for ids in alone.token_ids}) == len(prompts)
     assert all(0 <= t < VOCAB_SIZE for ids in alone.token_ids for t in ids)
     assert torch.tensor(alone.token_ids).unique().numel() > 5
+
+
+def test_the_triton_kernels_serve_a_model_in_the_interpreter(tmp_path_factory, monkeypatch):
+    """The operators that CUDA uses, end to end on two ranks: prefill, append, decode and merge."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read by the rank processes, which have not imported Triton yet
+    model_dir = checkpoint(tmp_path_factory, "mistral", layers=2, window=20)
+    prompts = random_prompts([1, PAGE + 9], seed=8)
+    sampling = SamplingParams(temperature=0, max_tokens=3)
+    case = Case(model_dir, prompts, sampling, page_tokens=PAGE, attention="triton")
+    assert run_cases(2, [case])[0].token_ids == hf_greedy(model_dir, prompts, 3)

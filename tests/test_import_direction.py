@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "planner": set(),
     "launch": {"worker", "model", "attention", "distributed", "lean_attention", "server", "engine", "bundled"},
     "llm": {"launch", "server"},
-    "bench": {"launch", "llm", "lean_attention"},
+    "bench": {"launch", "worker", "model", "attention", "distributed", "engine", "llm", "lean_attention"},
     "bundled": {"launch", "server"},
     "__main__": {"launch", "llm", "bench", "bundled", "loadtest", "planner", "server"},
     "__init__": {"llm"},

@@ -33,7 +33,7 @@ def test_every_block_is_of_a_kind_that_is_tested():
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True)
-    assert len(done.stdout.strip().splitlines()) == 2, done.stdout
+    assert "4821" in done.stdout
 
 
 @pytest.mark.parametrize("command", blocks("sh", "leanserve generate"))
@@ -51,8 +51,9 @@ def test_the_curl_blocks_are_answered_by_a_served_default(tmp_path):
             command = command.replace("http://127.0.0.1:8000", server.url).replace("\\\n", " ")
             done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=100, check=True)
             text = httpx.Response(200, text=done.stdout).json()["choices"][0]["text"]
-            assert len(text.split()) >= 8
+            assert len(text.split()) >= 7
             assert re.fullmatch(r"[\w\s.,;:'\"!?()&/-]+", text), text
+            assert ("4821" in text) == ("4821" in command)
 
 
 def test_the_torchrun_block_serves(tmp_path):
@@ -61,7 +62,7 @@ def test_the_torchrun_block_serves(tmp_path):
     ranks = int(words[words.index("--nproc-per-node") + 1])
     arguments = words[words.index("serve") + 1 :]
     with live_server(*arguments, "--kv-memory", "64MiB", log=tmp_path / "log", torchrun_ranks=ranks) as server:
-        assert server.post(prompt="The captain", max_tokens=4, temperature=0).status_code == 200
+        assert server.post(prompt="We sailed east", max_tokens=4, temperature=0).status_code == 200
 
 
 def test_every_option_named_exists():

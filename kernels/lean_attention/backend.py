@@ -28,8 +28,8 @@ def choose_backend(requested: Backend | None, device: torch.device) -> Backend:
         return "triton"
     if requested == "triton":
         raise ValueError(
-            f"backend 'triton' cannot run on {device.type} tensors here; it needs the triton package and a CUDA or ROCm "
-            "device, or TRITON_INTERPRET=1 in the environment; use backend='portable'"
+            f"backend 'triton' cannot run on {device.type} tensors here; it needs the triton package and a CUDA or "
+            "ROCm device, or TRITON_INTERPRET=1 in the environment; use backend='portable'"
         )
     return "portable"
 

@@ -119,14 +119,14 @@ def lean_decode(
     out_dtype  float32, float16 or bfloat16. States that will be merged want float32.
     backend    "triton" or "portable"; default: the plan's. A plan for the other backend is made anew in every call.
 
-    Returns AttentionState: out [B, H, D] out_dtype, lse [B, H] float32 natural log. A sequence without keys has out 0 and
-    lse -inf (or the sink's logit). Raises ValueError where an argument does not fit the others or requires grad.
+    Returns AttentionState: out [B, H, D] out_dtype, lse [B, H] float32 natural log. A sequence without keys has out 0
+    and lse -inf (or the sink's logit). Raises ValueError where an argument does not fit the others or requires grad.
     """
     check_queries("lean_decode", q, kv)
     if q.shape[0] != kv.num_sequences or q.shape[1] != plan.num_heads:
         raise ValueError(
-            f"lean_decode got q {tuple(q.shape)} for {kv.num_sequences} sequences and a plan for {plan.num_heads} query "
-            f"heads; needed: [{kv.num_sequences}, {plan.num_heads}, {kv.head_dim}]"
+            f"lean_decode got q {tuple(q.shape)} for {kv.num_sequences} sequences and a plan for {plan.num_heads} "
+            f"query heads; needed: [{kv.num_sequences}, {plan.num_heads}, {kv.head_dim}]"
         )
     check_softmax_options("lean_decode", q, softcap, sinks, out_dtype)
     if backend is not None and choose_backend(backend, kv.device) != plan.backend:
@@ -140,8 +140,8 @@ def lean_decode(
         assert plan.tiles is not None
         tensors, numbers, positions = [plan.tiles.pages, plan.tiles.positions, plan.tiles.table], [], None
     out, lse = _decode(
-        q, kv.k, kv.v, kv.page_table, kv.lengths, kv.page_positions, kv.k_scale, kv.v_scale, positions, tensors, numbers,
-        sinks, scale, plan.window, softcap, out_dtype, plan.backend,
+        q, kv.k, kv.v, kv.page_table, kv.lengths, kv.page_positions, kv.k_scale, kv.v_scale, positions,
+        tensors, numbers, sinks, scale, plan.window, softcap, out_dtype, plan.backend,
     )  # fmt: skip
     return AttentionState(out, lse)
 

@@ -1,13 +1,14 @@
 """Which keys a sequence sees, cut into tiles, and one tile read as float32: the portable path's view of the pages.
 
-A tile is a run of one sequence's tokens small enough that its keys, in float32, stay in the cache between being read and
-being multiplied. Planning looks at page tables only; it knows nothing of queries or softmax.
+A tile is a run of one sequence's tokens small enough that its keys, in float32, stay in the cache between being
+read and being multiplied. Planning looks at page tables only; it knows nothing of queries or softmax.
 
 Shapes: B sequences, K KV heads, D head dim, P pages of the pool, T tokens of a page, M max_pages, R tiles of a group,
 S tokens of a tile.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,13 @@ TILE_ELEMENTS = 1 << 20
 
 
 class Tile(NamedTuple):
-    """Tokens `skip` up to `skip + tokens` of the pages `pages[first : first + count]`, all of one sequence."""
+    """Tokens `skip` up to `skip + tokens` of the pages `pages[first : first + num_pages]`, all of one sequence."""
 
     group: int
     """Tiles of one group are read and multiplied together."""
     sequence: int
     first: int
-    count: int
+    num_pages: int
     skip: int
     tokens: int
     adjacent: int
@@ -57,10 +58,12 @@ class KvTiles:
         return list(groups.values())
 
 
-def cut_tiles(kv: PagedKV, first_seen: Tensor | None = None, last_seen: Tensor | None = None) -> KvTiles:
+def cut_tiles(
+    kv: PagedKV, first_seen: Tensor | None = None, last_seen: Tensor | None = None, *, max_tokens: int | None = None
+) -> KvTiles:
     """Tiles over the keys whose absolute position p has first_seen <= p <= last_seen ([B] int64; None means no bound).
 
-    The lower bound is exact. The upper one leaves out whole pages only.
+    The lower bound is exact. The upper one leaves out whole pages only. A tile has at most `max_tokens` tokens.
     Raises ValueError if a sequence has more tokens than pages, or lists a page that the pool has not.
     """
     T, max_pages = kv.page_tokens, kv.page_table.shape[1]
@@ -90,20 +93,30 @@ def cut_tiles(kv: PagedKV, first_seen: Tensor | None = None, last_seen: Tensor |
     cuts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0), skip.nonzero().flatten())).unique()
     sequence_of = torch.arange(kv.num_sequences).repeat_interleave(counts)
     breaks = torch.cat((torch.zeros(1, dtype=torch.int64), (pages.diff() != 1).cumsum(0))).tolist()
-    return KvTiles(pages, positions, _tile_table(kv, cuts.tolist(), sequence_of.tolist(), pages, filled, skip, breaks))
-
-
-def _tile_table(
-    kv: PagedKV, cuts: list[int], sequence_of: list[int], pages: Tensor, filled: Tensor, skip: Tensor, breaks: list[int]
-) -> Tensor:
-    T = kv.page_tokens
     tile_tokens = max(1, TILE_ELEMENTS // (kv.num_kv_heads * kv.head_dim))
+    if max_tokens is not None:
+        tile_tokens = min(tile_tokens, max_tokens)
+    tiles = _tiles(T, tile_tokens, cuts.tolist(), sequence_of.tolist(), pages, filled, skip, breaks)
+    return KvTiles(pages, positions, torch.tensor(tiles, dtype=torch.int64).view(-1, len(Tile._fields)))
+
+
+def _tiles(
+    T: int,
+    tile_tokens: int,
+    cuts: list[int],
+    sequence_of: list[int],
+    pages: Tensor,
+    filled: Tensor,
+    skip: Tensor,
+    breaks: list[int],
+) -> list[Tile]:
+    """Walk the pages between two cuts a tile at a time; number the groups on the way."""
     tile_pages = max(1, tile_tokens // T)
     filled_tokens, skipped_tokens, page_ids = filled.tolist(), skip.tolist(), pages.tolist()
     tiles: list[Tile] = []
     open_groups: dict[int, tuple[int, int]] = {}
     num_groups = 0
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         for first in range(begin, end, tile_pages):
             last = min(first + tile_pages, end) - 1
             count = last - first + 1
@@ -119,7 +132,7 @@ def _tile_table(
                 open_groups[padded] = (group, room - 1)
                 tokens = min(stop - token, tile_tokens)
                 tiles.append(Tile(group, sequence_of[first], first, count, token, tokens, adjacent, page_ids[first]))
-    return torch.tensor(tiles, dtype=torch.int64).view(-1, len(Tile._fields))
+    return tiles
 
 
 class TileReader:
@@ -139,26 +152,26 @@ class TileReader:
 
     def _read_one(self, pool: Tensor, tile: Tile) -> Tensor:
         _, K, T, D = pool.shape
-        if tile.count == 1:
+        if tile.num_pages == 1:
             return self._as_float32(pool[tile.page, :, tile.skip : tile.skip + tile.tokens])
-        tokens = tile.count * T
+        tokens = tile.num_pages * T
         page_stride, head_stride, token_stride, _ = pool.stride()
         if tile.adjacent and page_stride == T * token_stride:
             start = pool.storage_offset() + tile.page * page_stride
             keys = pool.as_strided((K, tokens, D), (head_stride, token_stride, 1), start)
             return self._as_float32(keys[:, tile.skip : tile.skip + tile.tokens])
         if tile.adjacent:
-            pages = pool[tile.page : tile.page + tile.count]
+            pages = pool[tile.page : tile.page + tile.num_pages]
         else:
-            pages = pool.index_select(0, self._page_ids[tile.first : tile.first + tile.count])
-        keys = self._room(K * tokens * D).view(K, tile.count, T, D).copy_(pages.transpose(0, 1))
+            pages = pool.index_select(0, self._page_ids[tile.first : tile.first + tile.num_pages])
+        keys = self._room(K * tokens * D).view(K, tile.num_pages, T, D).copy_(pages.transpose(0, 1))
         return keys.view(K, tokens, D)[:, tile.skip : tile.skip + tile.tokens]
 
     def _read_group(self, pool: Tensor, tiles: list[Tile]) -> Tensor:
         _, K, T, D = pool.shape
-        count = max(tile.count for tile in tiles)
-        # A short tile is padded by repeating its last page; `unseen` tells which tokens do not count.
-        index = [tile.first + min(i, tile.count - 1) for tile in tiles for i in range(count)]
+        count = max(tile.num_pages for tile in tiles)
+        # A short tile is padded by repeating its last page; `fill_unseen` blanks what does not count.
+        index = [tile.first + min(i, tile.num_pages - 1) for tile in tiles for i in range(count)]
         pages = pool.index_select(0, self._page_ids[torch.tensor(index, device=pool.device)])
         keys = self._room(len(tiles) * K * count * T * D).view(len(tiles), K, count, T, D)
         keys.copy_(pages.view(len(tiles), count, K, T, D).transpose(1, 2))
@@ -175,10 +188,10 @@ class TileReader:
         return self._buffer[:elements]
 
 
-def unseen(tiles: list[Tile], tokens: int, device: torch.device) -> Tensor | None:
-    """[R, tokens] bool, true where a token of a group read by `TileReader` does not count; None for a lone tile."""
+def fill_unseen(x_RKSX: Tensor, tiles: list[Tile], value: float) -> None:
+    """In what was read for a group, or computed from it token by token: set the tokens that do not count to `value`."""
     if len(tiles) == 1:
-        return None
-    token = torch.arange(tokens, device=device)
-    bounds = torch.tensor([(tile.skip, tile.skip + tile.tokens) for tile in tiles], device=device)
-    return (token < bounds[:, :1]) | (token >= bounds[:, 1:])
+        return
+    for row, tile in enumerate(tiles):
+        x_RKSX[row, :, : tile.skip].fill_(value)
+        x_RKSX[row, :, tile.skip + tile.tokens :].fill_(value)

@@ -18,12 +18,12 @@ FP8_MAX = 448.0  # the largest finite float8_e4m3fn
 class PagedKV:
     """Keys and values of B sequences, in pages of T tokens.
 
-    The pool is shared; `page_table` says which pages a sequence has, in the order of its tokens. Page j of a sequence holds
-    its tokens j * T up to (j + 1) * T; slots from `lengths` on are never used and may hold anything, NaN included.
+    The pool is shared; `page_table` says which pages a sequence has, in the order of its tokens. Page j of a sequence
+    holds its tokens j * T up to (j + 1) * T; slots from `lengths` on are never used and may hold anything, also NaN.
     A shard of a longer context is the same thing with its own pages, and `page_positions` says where they belong.
 
-    Shapes, dtypes, devices and strides are checked here once, without reading the device; a wrong one raises ValueError.
-    Page ids and lengths are trusted: reading them would synchronise.
+    Shapes, dtypes, devices and strides are checked here once, without reading the device; a wrong one raises
+    ValueError. Page ids and lengths are trusted: reading them would synchronise.
     """
 
     k: Tensor
@@ -42,10 +42,10 @@ class PagedKV:
     """[B, max_pages] int32: the absolute position of each listed page's first token. None means j * T."""
 
     k_scale: Tensor | None = None
-    """float32, one element: a key is k * k_scale. None means 1."""
+    """float32, one element, for float8_e4m3fn pages: a key is k * k_scale. None means 1."""
 
     v_scale: Tensor | None = None
-    """float32, one element: a value is v * v_scale. None means 1."""
+    """float32, one element, for float8_e4m3fn pages: a value is v * v_scale. None means 1."""
 
     def __post_init__(self) -> None:
         k, v = self.k, self.v
@@ -80,6 +80,8 @@ class PagedKV:
                 raise ValueError(
                     f"PagedKV got {name} {scale.dtype} {tuple(scale.shape)}; needed: a float32 tensor of one element"
                 )
+            if scale is not None and k.dtype != torch.float8_e4m3fn:
+                raise ValueError(f"PagedKV got {name} for {k.dtype} pages; scales go with float8_e4m3fn pages only")
         devices = {t.device for t in (k, v, self.page_table, self.lengths)}
         devices |= {t.device for t in (self.page_positions, self.k_scale, self.v_scale) if t is not None}
         if len(devices) > 1:
@@ -89,8 +91,8 @@ class PagedKV:
     def from_contiguous(cls, k: Tensor, v: Tensor, lengths: Tensor) -> "PagedKV":
         """One unpaged cache per sequence, seen as one page each. Nothing is copied.
 
-        k and v are [B, K, S, D] with room for S tokens a sequence and any strides with unit stride in D: a cache laid out
-        [B, S, K, D] comes in as `k.transpose(1, 2)`. lengths is [B] int32, each at most S.
+        k and v are [B, K, S, D] with room for S tokens a sequence and any strides with unit stride in D: a cache laid
+        out [B, S, K, D] comes in as `k.transpose(1, 2)`. lengths is [B] int32, each at most S.
         """
         if k.ndim != 4:
             raise ValueError(f"from_contiguous got k {tuple(k.shape)}; needed: [B, K, S, D]")
@@ -140,9 +142,10 @@ def append_kv(
 ) -> None:
     """Write new tokens' keys and values into the pool of `kv`, in place.
 
-    k_new and v_new are [tokens, K, D]; token i goes to page pages[i], slot slots[i] (both int32 [tokens]). A negative page
-    means that another shard owns the token: nothing is written for it. No two tokens may share a page and slot. The values
-    are cast to the pool's dtype; for float8_e4m3fn they are first divided by k_scale and v_scale and clamped to 448.
+    k_new and v_new are [tokens, K, D]; token i goes to page pages[i], slot slots[i] (both int32 [tokens]). A negative
+    page means that another shard owns the token: nothing is written for it. No two tokens may share a page and slot.
+    The values are cast to the pool's dtype; for float8_e4m3fn they are first divided by k_scale and v_scale, and
+    clamped to +-448.
 
     Raises ValueError on other shapes, dtypes or devices. Page and slot ids are trusted: reading them would synchronise.
     """

@@ -6,7 +6,6 @@ Shapes: B sequences, N query tokens of all sequences, H query heads, K KV heads,
 import torch
 from torch import Tensor
 
-from lean_attention import portable
 from lean_attention.backend import Backend, choose_backend
 from lean_attention.decode import check_softmax_options, check_window
 from lean_attention.paged_kv import PagedKV, check_queries
@@ -29,13 +28,13 @@ def lean_prefill(
     """Attention of each query token over the keys of its sequence that are at or before it.
 
     q            [N, H, D] in the dtype of kv (any of float32, float16, bfloat16 for a float8_e4m3fn kv).
-    q_offsets    [B + 1] int32, from 0 to N, never falling: sequence b has the tokens q_offsets[b] up to q_offsets[b + 1].
+    q_offsets    [B + 1] int32, from 0 to N, never falling: sequence b has tokens q_offsets[b] up to q_offsets[b + 1].
     q_positions  [N] int32: each token's absolute position; a key at position p is seen if p <= q_position.
     window       see only the last `window` positions, the query's own included.
     scale, softcap, sinks, out_dtype, backend: as in `lean_decode`.
 
-    Returns AttentionState: out [N, H, D] out_dtype, lse [N, H] float32 natural log: partial where kv is a shard. A token
-    that sees no key has out 0 and lse -inf (or the sink's logit).
+    Returns AttentionState: out [N, H, D] out_dtype, lse [N, H] float32 natural log: partial where kv is a shard. A
+    token that sees no key has out 0 and lse -inf (or the sink's logit).
     Raises ValueError where an argument does not fit the others or requires grad.
     """
     check_queries("lean_prefill", q, kv)
@@ -45,8 +44,8 @@ def lean_prefill(
     ):
         if ids.dtype != torch.int32 or tuple(ids.shape) != shape or ids.device != q.device:
             raise ValueError(
-                f"lean_prefill got {name} {ids.dtype} {tuple(ids.shape)} on {ids.device}; needed: int32 {list(shape)} on "
-                f"{q.device}"
+                f"lean_prefill got {name} {ids.dtype} {tuple(ids.shape)} on {ids.device}; needed: int32 {list(shape)} "
+                f"on {q.device}"
             )
     check_window("lean_prefill", window)
     check_softmax_options("lean_prefill", q, softcap, sinks, out_dtype)

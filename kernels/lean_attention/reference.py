@@ -1,4 +1,4 @@
-"""A slow, exact twin of every public operator: float64 inside, one sequence and one head at a time, no Triton.
+"""A slow, exact twin of every public operator: float64 inside, one query and one head at a time, no Triton.
 
 It takes the same arguments as the operators and shares no arithmetic with them; the tests and the benchmark's gate
 compare against it.
@@ -33,10 +33,7 @@ def lean_decode(
         seen = torch.ones_like(positions, dtype=torch.bool)
         if plan.window is not None:
             seen = positions > q_position - plan.window
-        for h in range(q.shape[1]):
-            state.out[b, h], state.lse[b, h] = _attend(
-                q[b, h], keys, values, seen, h, q.shape[1], scale, softcap, sinks
-            )
+        state.out[b], state.lse[b] = _attend(q[b], keys, values, seen, scale, softcap, sinks)
     return AttentionState(state.out.to(q.device, out_dtype), state.lse.to(q.device))
 
 
@@ -63,10 +60,7 @@ def lean_prefill(
             seen = positions <= q_position
             if window is not None:
                 seen &= positions > q_position - window
-            for h in range(q.shape[1]):
-                state.out[i, h], state.lse[i, h] = _attend(
-                    q[i, h], keys, values, seen, h, q.shape[1], scale, softcap, sinks
-                )
+            state.out[i], state.lse[i] = _attend(q[i], keys, values, seen, scale, softcap, sinks)
     return AttentionState(state.out.to(q.device, out_dtype), state.lse.to(q.device))
 
 
@@ -87,16 +81,16 @@ def merge_states(out_NBHD: Tensor, lse_NBH: Tensor, *, backend: None = None) -> 
 
 
 def keys_of(kv: PagedKV, b: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequence b's keys [N, K, D] and values [N, K, D] in float64, and their absolute positions [N]; on the CPU."""
+    """Sequence b's keys [K, N, D] and values [K, N, D] in float64, and their absolute positions [N]; on the CPU."""
     length, T = int(kv.lengths[b]), kv.page_tokens
-    keys = torch.empty(length, kv.num_kv_heads, kv.head_dim, dtype=torch.float64)
+    keys = torch.empty(kv.num_kv_heads, length, kv.head_dim, dtype=torch.float64)
     values = torch.empty_like(keys)
     positions = torch.empty(length, dtype=torch.int64)
     for j, start in enumerate(range(0, length, T)):
         stop = min(start + T, length)
         page = int(kv.page_table[b, j])
-        keys[start:stop] = kv.k[page, :, : stop - start].transpose(0, 1)
-        values[start:stop] = kv.v[page, :, : stop - start].transpose(0, 1)
+        keys[:, start:stop] = kv.k[page, :, : stop - start]
+        values[:, start:stop] = kv.v[page, :, : stop - start]
         first = start if kv.page_positions is None else int(kv.page_positions[b, j])
         positions[start:stop] = torch.arange(first, first + stop - start)
     if kv.k_scale is not None:
@@ -107,28 +101,28 @@ def keys_of(kv: PagedKV, b: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attend(
-    q_D: Tensor,
-    keys_NKD: Tensor,
-    values_NKD: Tensor,
+    q_HD: Tensor,
+    keys_KND: Tensor,
+    values_KND: Tensor,
     seen_N: Tensor,
-    head: int,
-    num_heads: int,
     scale: float | None,
     softcap: float | None,
     sinks_H: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One head of one query: (out [D], lse []) over the keys it sees."""
-    D = q_D.shape[0]
-    kv_head = head // (num_heads // keys_NKD.shape[1])
-    logits = keys_NKD[seen_N, kv_head] @ q_D.double().cpu() * (D**-0.5 if scale is None else scale)
-    values = values_NKD[seen_N, kv_head]
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if sinks_H is not None:
-        # A sink is a key whose value is zero.
-        logits = torch.cat((logits, sinks_H[head].double().cpu().reshape(1)))
-        values = torch.cat((values, values.new_zeros(1, D)))
-    if logits.numel() == 0:
-        return values.new_zeros(D), values.new_tensor(float("-inf"))
-    lse = torch.logsumexp(logits, dim=0)
-    return torch.exp(logits - lse) @ values, lse
+    """One query token, head by head: (out [H, D], lse [H]) over the keys it sees."""
+    (H, D), K = q_HD.shape, keys_KND.shape[0]
+    out, lse = torch.zeros(H, D, dtype=torch.float64), torch.full((H,), float("-inf"), dtype=torch.float64)
+    for h in range(H):
+        logits = keys_KND[h // (H // K)] @ q_HD[h].double().cpu() * (D**-0.5 if scale is None else scale)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits[~seen_N] = float("-inf")
+        values = values_KND[h // (H // K)]
+        if sinks_H is not None:
+            # A sink is a key whose value is zero.
+            logits = torch.cat((logits, sinks_H[h].double().cpu().reshape(1)))
+            values = torch.cat((values, values.new_zeros(1, D)))
+        if (logits > float("-inf")).any():
+            lse[h] = torch.logsumexp(logits, dim=0)
+            out[h] = torch.exp(logits - lse[h]) @ values
+    return out, lse

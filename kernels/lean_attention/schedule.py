@@ -1,15 +1,17 @@
 """The stream-K schedule in plain Python: what the device plan and the kernel must do, and what the tests hold them to.
 
-All tiles of all (sequence, KV head) rows lie on one line, sequence by sequence and head by head, and are dealt to the CTAs
-in contiguous runs of equal length (the first `total % active` get one more). A row that one CTA covers whole is written at
-once. Of a row that several CTAs share, each leaves one piece in scratch memory, and whoever arrives last merges them.
+All tiles of all (sequence, KV head) rows lie on one line, sequence by sequence and head by head, and are dealt to the
+CTAs in contiguous runs of equal length (the first `total % active` get one more). A row that one CTA covers whole is
+written at once. Of a row that several CTAs share, each leaves one piece in scratch memory, and whoever arrives last
+merges them.
 
     line      | row 0          | row 1    | row 2               |
     CTA       |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |  8 |
     slots          1  2    4+5 6+7      10 12    ...
 
-A CTA leaves at most two pieces: of the row it starts in the middle of (slot 2c), and of the row it does not finish (slot
-2c + 1). So a row's pieces are found without a list: the first lies in its CTA's odd slot, the others in even ones.
+A CTA leaves at most two pieces: of the row it starts in the middle of (slot 2c), and of the row it does not finish
+(slot 2c + 1). So a row's pieces are found without a list: the first lies in its CTA's odd slot, the others in even
+ones.
 
 It knows nothing of devices, dtypes or softmax. (Stream-K: Osama et al., arXiv 2301.03598; for attention: LeanAttention,
 arXiv 2405.10480.)
@@ -26,8 +28,8 @@ def visible_tokens(
 ) -> tuple[int, int]:
     """The range [first, end) of a sequence's local tokens outside which nothing is visible to the query.
 
-    Tokens at positions up to q_position - window are out of sight. Pages may be listed in any order of position: the range
-    then runs from the first page with a visible token to the last one.
+    Tokens at positions up to q_position - window are out of sight. Pages may be listed in any order of position: the
+    range then runs from the first page with a visible token to the last one.
     """
     if window is None:
         return 0, length
@@ -60,8 +62,8 @@ def holder(item: int, total: int, parts: int) -> int:
 def merge_groups(pieces: int, fan_in: int) -> int:
     """How many pieces a row's first merge level takes at a time.
 
-    Rows of up to `fan_in` pieces merge at once. Beyond that the width doubles until two levels are enough: `width` pieces
-    to a group, at most `width` groups to the row.
+    Rows of up to `fan_in` pieces merge at once. Beyond that the width doubles until two levels are enough: `width`
+    pieces to a group, at most `width` groups to the row.
     """
     width = fan_in
     while width * width < pieces and width < pieces:

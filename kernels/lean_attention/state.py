@@ -53,9 +53,10 @@ class AttentionState(NamedTuple):
 def merge_states(out_NBHD: Tensor, lse_NBH: Tensor, *, backend: Backend | None = None) -> AttentionState:
     """Merge N states of disjoint sets of keys into the state of their union.
 
-    out_NBHD is [N, B, H, D] float32, float16 or bfloat16; lse_NBH is [N, B, H] float32, natural log. The states are summed
-    in float32, in the order given: equal inputs give equal bits. The result's `out` has the dtype of out_NBHD.
-    A state whose lse is -inf takes no part, whatever its `out` holds (NaN included); if all are, the result is the identity.
+    out_NBHD is [N, B, H, D] float32, float16 or bfloat16; lse_NBH is [N, B, H] float32, natural log. The states are
+    summed in float32, in the order given: equal inputs give equal bits. The result's `out` has the dtype of out_NBHD.
+    A state whose lse is -inf takes no part, whatever its `out` holds (NaN included); if all are, the result is the
+    identity.
 
     Raises ValueError on other shapes, dtypes or devices, and if autograd would record the call.
     """
@@ -66,8 +67,8 @@ def merge_states(out_NBHD: Tensor, lse_NBH: Tensor, *, backend: Backend | None =
         )
     if out_NBHD.dtype not in OUT_DTYPES or lse_NBH.dtype != torch.float32:
         raise ValueError(
-            f"merge_states got out {out_NBHD.dtype} and lse {lse_NBH.dtype}; allowed: out float32, float16 or bfloat16, "
-            "lse float32"
+            f"merge_states got out {out_NBHD.dtype} and lse {lse_NBH.dtype}; allowed: out float32, float16 or "
+            "bfloat16, lse float32"
         )
     if out_NBHD.device != lse_NBH.device:
         raise ValueError(

@@ -1,19 +1,22 @@
 """Stream-K decode attention over paged keys: one launch, no waiting, any mix of lengths.
 
 Each CTA walks its run of tiles (see schedule.py), crossing row borders, with an online softmax in base 2. A row that it
-covers whole it writes at once; of any other it leaves a piece (sums, maximum, denominator) in scratch memory and adds one
-to the row's arrival counter. Whoever finds itself last merges the pieces, in piece order, so that equal inputs give equal
-bits whoever that is. No CTA ever waits for another: the launch needs no co-residency and cannot deadlock beside NCCL or
-another stream. Rows of many pieces merge in two levels. The last one sets the counter back to zero.
+covers whole it writes at once; of any other it leaves a piece (sums, maximum, denominator) in scratch memory and adds
+one to the row's arrival counter. Whoever finds itself last merges the pieces, in piece order, so that equal inputs
+give equal bits whoever that is. No CTA ever waits for another: the launch needs no co-residency and cannot deadlock
+beside NCCL or another stream. Rows of many pieces merge in two levels. The last one sets the counter back to zero.
 
 The query heads of a group share their keys, so they are the rows of one matrix (padded to 16) and a tile is read once.
 
-Constexpr: head dim, group, tile, page size, dtypes (by pointer) and which options are on. Lengths, batch, grid and windows
-are runtime values and are never specialised on.
+Constexpr: head dim, group, tile, page size, dtypes (by pointer) and which options are on. Lengths, batch, grid and
+windows are runtime values and are never specialised on.
 
-Shapes: B sequences, H query heads, K KV heads, M query heads of a group (padded), D head dim (padded), P pages, T tokens of
-a page, N tokens of a tile, S pieces, G CTAs.
+Shapes: B sequences, H query heads, K KV heads, M query heads of a group (padded), D head dim (padded), P pages, T
+tokens of a page, N tokens of a tile, S pieces, G CTAs.
 """
+
+# Triton's kernel language is not Python's to a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
 import triton
@@ -21,178 +24,28 @@ import triton.language as tl
 from torch import Tensor
 
 from lean_attention.paged_kv import PagedKV
+from lean_attention.pieces import holder, merge_pieces, store_piece
 from lean_attention.state import AttentionState
 from lean_attention.stream_k_plan import HEADER, StreamKPlan, plan_stream_k
-from lean_attention.tuning import head_block, interpreting
+from lean_attention.tile_walk import LOG2E, finish, walk
+from lean_attention.tuning import arch_family, dot_precision, head_block, interpreting, kernel_page_tokens
 
 __all__ = ["StreamKPlan", "decode", "decode_constants", "plan_stream_k"]
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 MERGE_ELEMENTS = 8192
 """Partial sums that a merging CTA loads at once: 64 registers of each of 128 threads."""
 
 
 @triton.jit
-def online_softmax(q, k, v, acc, m, l, seen, scale_log2, softcap, MASKED: tl.constexpr, UPCAST: tl.constexpr):
-    """Attend to one tile: q [M, D], k and v [N, D], acc [M, D], m and l [M] (base 2), seen [M or 1, N]."""
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    if UPCAST:
-        q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [M, N]
-    if softcap is not None:
-        # scale_log2 already holds 1 / softcap: logits are (x / softcap) * log2(e), and tanh(x) = 1 - 2 / (exp(2x) + 1).
-        logits = (1.0 - 2.0 / (tl.exp2(2.0 * logits) + 1.0)) * (softcap * LOG2E)
-    if MASKED:
-        logits = tl.where(seen, logits, float("-inf"))
-    m_new = tl.maximum(m, tl.max(logits, axis=1))
-    # Where nothing has been seen yet, -inf - -inf would be NaN.
-    top = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    p = tl.exp2(logits - top[:, None])  # [M, N]
-    decay = tl.exp2(m - top)
-    l = l * decay + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return acc, m_new, l
-
-
-@triton.jit
-def _locate(table_ptr, positions_ptr, tile, length, table_width, N: tl.constexpr, PAGE: tl.constexpr):
-    """A tile's page and the absolute position of its first token; where a tile spans pages, those of each token [N]."""
-    if PAGE % N == 0:
-        token = tile * N
-        index = tl.minimum(token // PAGE, table_width - 1)
-        page, position = tl.load(table_ptr + index), token
-        if positions_ptr is not None:
-            position = tl.load(positions_ptr + index) + token % PAGE
-    else:
-        token = tile * N + tl.arange(0, N)
-        page, position = tl.load(table_ptr + token // PAGE, mask=token < length, other=0), token
-        if positions_ptr is not None:
-            position = tl.load(positions_ptr + token // PAGE, mask=token < length, other=0) + token % PAGE
-    return page, position
-
-
-@triton.jit
-def _walk(
-    q, acc, m, l, first, last, length, oldest,
-    k_head_ptr, v_head_ptr, table_ptr, positions_ptr, table_width,
-    k_stride_p, k_stride_t, v_stride_p, v_stride_t, scale_log2, softcap,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Attend to tiles [first, last) of one row."""
-    d = tl.arange(0, D)
-    n = tl.arange(0, N)
-    ONE_PAGE: tl.constexpr = PAGE % N == 0
-    page, position = _locate(table_ptr, positions_ptr, first, length, table_width, N, PAGE)
-    for tile in tl.range(first, last, num_stages=STAGES):
-        seen = tile * N + n < length  # [N]
-        if ONE_PAGE:
-            slot = (tile * N) % PAGE
-            k_tile_ptr = k_head_ptr + page.to(tl.int64) * k_stride_p + slot.to(tl.int64) * k_stride_t
-            v_tile_ptr = v_head_ptr + page.to(tl.int64) * v_stride_p + slot.to(tl.int64) * v_stride_t
-            k_ptrs = k_tile_ptr + n[:, None] * k_stride_t + d[None, :]  # [N, D]
-            v_ptrs = v_tile_ptr + n[:, None] * v_stride_t + d[None, :]
-            if WINDOWED:
-                seen = seen & (position + n >= oldest)
-        else:
-            pages, slots = page.to(tl.int64), ((tile * N + n) % PAGE).to(tl.int64)  # [N]
-            k_ptrs = k_head_ptr + (pages * k_stride_p + slots * k_stride_t)[:, None] + d[None, :]
-            v_ptrs = v_head_ptr + (pages * v_stride_p + slots * v_stride_t)[:, None] + d[None, :]
-            if WINDOWED:
-                seen = seen & (position >= oldest)
-        # A recycled page may hold NaN beyond its tokens, and 0 * NaN is NaN: V is masked as well as the logits.
-        if MASKED:
-            read = seen[:, None] & (d[None, :] < HEAD_DIM)
-            k = tl.load(k_ptrs, mask=read, other=0.0, eviction_policy="evict_first")
-            v = tl.load(v_ptrs, mask=read, other=0.0, eviction_policy="evict_first")
-        elif D != HEAD_DIM:
-            k = tl.load(k_ptrs, mask=d[None, :] < HEAD_DIM, other=0.0, eviction_policy="evict_first")
-            v = tl.load(v_ptrs, mask=d[None, :] < HEAD_DIM, other=0.0, eviction_policy="evict_first")
-        else:
-            k = tl.load(k_ptrs, eviction_policy="evict_first")
-            v = tl.load(v_ptrs, eviction_policy="evict_first")
-        # One tile ahead: the next tile's addresses are there when its loads are issued, and the pipeliner sees no load that
-        # depends on a load (it would spend a stage on it and keep one tile less in flight).
-        page, position = _locate(table_ptr, positions_ptr, tile + 1, length, table_width, N, PAGE)
-        acc, m, l = online_softmax(q, k, v, acc, m, l, seen[None, :], scale_log2, softcap, MASKED, UPCAST)
-    return acc, m, l
-
-
-@triton.jit
-def _holder(item, total, parts):
-    """schedule.holder."""
-    base, extra = total // parts, total % parts
-    longer = extra * (base + 1)
-    # base is 0 only where every item is in a longer run.
-    return tl.where(item < longer, item // (base + 1), extra + (item - longer) // tl.maximum(base, 1))
-
-
-@triton.jit
-def _store_piece(
-    sums_ptr, stats_ptr, slot, acc, m, l, M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    g, d = tl.arange(0, M), tl.arange(0, D)
-    slot = slot.to(tl.int64)
-    inside = (g[:, None] < GROUP) & (d[None, :] < HEAD_DIM)
-    tl.store(sums_ptr + (slot * GROUP + g[:, None]) * HEAD_DIM + d[None, :], acc, mask=inside)
-    tl.store(stats_ptr + slot * 2 * GROUP + g, m, mask=g < GROUP)
-    tl.store(stats_ptr + slot * 2 * GROUP + GROUP + g, l, mask=g < GROUP)
-
-
-@triton.jit
-def _merge_pieces(
-    sums_ptr, stats_ptr, row_cta, leader, count, step,
-    S: tl.constexpr, M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """Sum `count` pieces of a row, from number `leader` on in steps of `step`, in that order: acc [M, D], m and l [M]."""
-    g, d, s = tl.arange(0, M), tl.arange(0, D), tl.arange(0, S)
-    acc = tl.zeros((M, D), tl.float32)
-    m = tl.full((M,), float("-inf"), tl.float32)
-    l = tl.zeros((M,), tl.float32)
-    for start in range(0, count, S):
-        piece = leader + (start + s) * step  # [S]
-        listed = start + s < count
-        # A row's first piece lies in its CTA's second slot: see schedule.py.
-        slot = (2 * (row_cta + piece) + tl.where(piece == 0, 1, 0)).to(tl.int64)
-        stats = slot[:, None] * 2 * GROUP + g[None, :]  # [S, M]
-        there = listed[:, None] & (g[None, :] < GROUP)
-        m_s = tl.load(stats_ptr + stats, mask=there, other=float("-inf"), cache_modifier=".cg")
-        l_s = tl.load(stats_ptr + stats + GROUP, mask=there, other=0.0, cache_modifier=".cg")
-        sums = (slot[:, None, None] * GROUP + g[None, :, None]) * HEAD_DIM + d[None, None, :]  # [S, M, D]
-        inside = there[:, :, None] & (d[None, None, :] < HEAD_DIM)
-        acc_s = tl.load(sums_ptr + sums, mask=inside, other=0.0, cache_modifier=".cg")
-        m_new = tl.maximum(m, tl.max(m_s, axis=0))
-        top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(m_s - top[None, :])  # [S, M]
-        decay = tl.exp2(m - top)
-        l = l * decay + tl.sum(l_s * weight, axis=0)
-        acc = acc * decay[:, None] + tl.sum(acc_s * weight[:, :, None], axis=0)
-        m = m_new
-    return acc, m, l
-
-
-@triton.jit
 def _write_row(
-    out_ptr, lse_ptr, sinks_ptr, v_scale_ptr, sequence, kv_head, kv_heads, acc, m, l,
+    out_ptr, lse_ptr, sinks_ptr, v_scale_ptr, sequence, kv_head, kv_heads, acc, m, den,
     M: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """The final state of a row: normalise, add the sinks, change to natural log."""
+    """Write the states of a group's heads from their sums acc [M, D], maxima m [M] and denominators den [M]."""
     g, d = tl.arange(0, M), tl.arange(0, D)
     inside = g < GROUP
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + kv_head * GROUP + g, mask=inside, other=float("-inf")) * LOG2E
-        m_new = tl.maximum(m, sink)
-        top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        decay = tl.exp2(m - top)
-        l = l * decay + tl.exp2(sink - top)
-        acc = acc * decay[:, None]
-        m = m_new
-    out = acc / tl.where(l > 0, l, 1.0)[:, None]
-    if v_scale_ptr is not None:
-        out *= tl.load(v_scale_ptr)
-    lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) * LN2, float("-inf"))
+    sinks_ptrs = None if sinks_ptr is None else sinks_ptr + kv_head * GROUP + g
+    out, lse = finish(acc, m, den, sinks_ptrs, v_scale_ptr, inside)
     row = (sequence.to(tl.int64) * kv_heads + kv_head) * GROUP + g  # [M]
     tl.store(lse_ptr + row, lse, mask=inside)
     out_mask = inside[:, None] & (d[None, :] < HEAD_DIM)
@@ -209,7 +62,7 @@ def decode_kernel(
     q_stride_b, q_stride_h, k_stride_p, k_stride_h, k_stride_t, v_stride_p, v_stride_h, v_stride_t,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, FAN_IN: tl.constexpr,
     SPLIT: tl.constexpr, D: tl.constexpr, M_DOT: tl.constexpr, M_MERGE: tl.constexpr, S: tl.constexpr,
-    UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     cta = tl.program_id(0)
     before_ptr = work_ptr + HEADER
@@ -264,7 +117,7 @@ def decode_kernel(
         q = tl.load(q_rows + d[None, :], mask=(m_rows[:, None] < GROUP) & (d[None, :] < HEAD_DIM), other=0.0)  # [M, D]
         acc = tl.zeros((M_DOT, D), tl.float32)
         m = tl.full((M_DOT,), float("-inf"), tl.float32)
-        l = tl.zeros((M_DOT,), tl.float32)
+        den = tl.zeros((M_DOT,), tl.float32)
         k_head_ptr = k_ptr + kv_head.to(tl.int64) * k_stride_h
         v_head_ptr = v_ptr + kv_head.to(tl.int64) * v_stride_h
         row_table_ptr = table_ptr + wide * table_stride
@@ -273,32 +126,33 @@ def decode_kernel(
         masked_from = origin + first
         if window is None:
             full = tl.maximum(tl.minimum(origin + last, length // N), origin + first)
-            acc, m, l = _walk(
-                q, acc, m, l, origin + first, full, length, oldest,
+            acc, m, den = walk(
+                q, acc, m, den, origin + first, full, length, 0, oldest, oldest,
                 k_head_ptr, v_head_ptr, row_table_ptr, row_positions_ptr, table_width,
                 k_stride_p, k_stride_t, v_stride_p, v_stride_t, scale_log2, softcap,
-                HEAD_DIM, D, N, PAGE, False, False, UPCAST, STAGES,
+                HEAD_DIM, D, N, PAGE, False, False, False, PRECISION, UPCAST, STAGES,
             )  # fmt: skip
             masked_from = full
-        acc, m, l = _walk(
-            q, acc, m, l, masked_from, origin + last, length, oldest,
+        acc, m, den = walk(
+            q, acc, m, den, masked_from, origin + last, length, 0, oldest, oldest,
             k_head_ptr, v_head_ptr, row_table_ptr, row_positions_ptr, table_width,
             k_stride_p, k_stride_t, v_stride_p, v_stride_t, scale_log2, softcap,
-            HEAD_DIM, D, N, PAGE, True, window is not None, UPCAST, STAGES if window is not None else 1,
+            HEAD_DIM, D, N, PAGE, True, False, window is not None, PRECISION, UPCAST,
+            STAGES if window is not None else 1,
         )  # fmt: skip
 
         if last - first == tiles:
             _write_row(
-                out_ptr, lse_ptr, sinks_ptr, v_scale_ptr, sequence, kv_head, kv_heads, acc, m, l,
+                out_ptr, lse_ptr, sinks_ptr, v_scale_ptr, sequence, kv_head, kv_heads, acc, m, den,
                 M_DOT, D, GROUP, HEAD_DIM,
             )  # fmt: skip
         else:
-            row_part = _holder(row_begin - line_start, total, parts)
-            pieces = _holder(row_begin - line_start + tiles - 1, total, parts) - row_part + 1
+            row_part = holder(row_begin - line_start, total, parts)
+            pieces = holder(row_begin - line_start + tiles - 1, total, parts) - row_part + 1
             row_cta = row_part + cta - part
             piece = cta - row_cta
-            _store_piece(
-                sums_ptr, stats_ptr, 2 * cta + tl.where(piece == 0, 1, 0), acc, m, l, M_DOT, D, GROUP, HEAD_DIM
+            store_piece(
+                sums_ptr, stats_ptr, 2 * cta + tl.where(piece == 0, 1, 0), acc, m, den, M_DOT, D, GROUP, HEAD_DIM
             )
             # schedule.merge_groups
             width = tl.full((), FAN_IN, tl.int32)
@@ -318,20 +172,20 @@ def decode_kernel(
                 going = arrived == count - 1
                 if going & (count > 1):
                     tl.debug_barrier()
-                    sum_acc, sum_m, sum_l = _merge_pieces(
+                    sum_acc, sum_m, sum_den = merge_pieces(
                         sums_ptr, stats_ptr, row_cta, leader, count, step, S, M_MERGE, D, GROUP, HEAD_DIM
                     )
                     tl.store(level_ptr + leader, 0)
                     if step * width >= pieces:
                         _write_row(
-                            out_ptr, lse_ptr, sinks_ptr, v_scale_ptr, sequence, kv_head, kv_heads, sum_acc, sum_m, sum_l,
-                            M_MERGE, D, GROUP, HEAD_DIM,
+                            out_ptr, lse_ptr, sinks_ptr, v_scale_ptr, sequence, kv_head, kv_heads,
+                            sum_acc, sum_m, sum_den, M_MERGE, D, GROUP, HEAD_DIM,
                         )  # fmt: skip
                     else:
                         # The group's sum takes its first piece's place, once every thread has read that.
                         tl.debug_barrier()
                         slot = 2 * (row_cta + leader) + tl.where(leader == 0, 1, 0)
-                        _store_piece(sums_ptr, stats_ptr, slot, sum_acc, sum_m, sum_l, M_MERGE, D, GROUP, HEAD_DIM)
+                        store_piece(sums_ptr, stats_ptr, slot, sum_acc, sum_m, sum_den, M_MERGE, D, GROUP, HEAD_DIM)
                 step *= width
                 level_ptr += num_ctas
                 going = going & (step < pieces)
@@ -351,9 +205,10 @@ def decode_kernel(
 
 
 def decode_constants(
-    head_dim: int, group: int, *, tile: int, page_tokens: int, num_stages: int, fan_in: int, fixed_split: int = 0
-) -> dict[str, int | bool]:
-    """The constexpr arguments of `decode_kernel`; `page_tokens` 0 or a multiple of `tile` keeps a tile within one page."""
+    head_dim: int, group: int, *, tile: int, page_tokens: int, num_stages: int, fan_in: int, fixed_split: int = 0,
+    precision: str = "ieee",
+) -> dict[str, int | bool | str]:  # fmt: skip
+    """The constexpr arguments of `decode_kernel`."""
     block, rows = head_block(head_dim), triton.next_power_of_2(group)
     return {
         "HEAD_DIM": head_dim,
@@ -366,6 +221,7 @@ def decode_constants(
         "M_DOT": max(16, rows),
         "M_MERGE": rows,
         "S": max(1, min(triton.next_power_of_2(fan_in), MERGE_ELEMENTS // (rows * block))),
+        "PRECISION": precision,
         "UPCAST": interpreting(),
         "STAGES": num_stages,
     }
@@ -392,8 +248,8 @@ def decode(
     given = (B, H, kv.num_kv_heads, kv.head_dim, kv.page_tokens)
     if planned != given:
         raise ValueError(
-            f"the plan is for (sequences, query heads, KV heads, head dim, page tokens) {planned}, the call has {given}; "
-            "make a plan for each shape"
+            f"the plan is for (sequences, query heads, KV heads, head dim, page tokens) {planned}, the call has "
+            f"{given}; make a plan for each shape"
         )
     if q.stride(2) != 1:
         q = q.contiguous()
@@ -402,8 +258,6 @@ def decode(
     if B == 0:
         return AttentionState(out, lse)
     table_width = kv.page_table.shape[1]
-    # With one page to a sequence no tile crosses a page border, whatever the page's size.
-    page_tokens = 1 << 30 if table_width == 1 else kv.page_tokens
     decode_kernel[(plan.num_ctas,)](
         q, kv.k, kv.v, kv.page_table, kv.page_positions if window is not None else None, kv.lengths,
         q_positions if window is not None else None, sinks, kv.k_scale, kv.v_scale,
@@ -413,8 +267,9 @@ def decode(
         0 if kv.page_positions is None else kv.page_positions.stride(0),
         q.stride(0), q.stride(1), *kv.k.stride()[:3], *kv.v.stride()[:3],
         **decode_constants(
-            D, plan.group, tile=plan.tile, page_tokens=page_tokens, num_stages=plan.num_stages, fan_in=plan.fan_in,
-            fixed_split=plan.fixed_split,
+            D, plan.group, tile=plan.tile, page_tokens=kernel_page_tokens(kv), num_stages=plan.num_stages,
+            fan_in=plan.fan_in, fixed_split=plan.fixed_split,
+            precision=dot_precision(q.dtype, arch_family(q.device)),
         ),
         num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

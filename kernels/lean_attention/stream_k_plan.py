@@ -1,9 +1,14 @@
-"""Planning a step of stream-K decode on the device: `lean_attention.schedule`, computed by Triton without a synchronisation.
+"""Planning a step of stream-K decode on the device: `lean_attention.schedule`, computed by Triton without a
+synchronisation.
 
-The plan holds the schedule, and the scratch memory of the launches that follow it. It knows nothing of queries or values.
+The plan holds the schedule, and the scratch memory of the launches that follow it. It knows nothing of queries or
+values.
 
 Shapes: B sequences, K KV heads, G CTAs of the grid, T tokens of a page.
 """
+
+# Triton's kernel language is not Python's to a type checker.
+# pyright: reportCallIssue=false
 
 from dataclasses import dataclass
 
@@ -13,22 +18,24 @@ import triton.language as tl
 from torch import Tensor
 
 from lean_attention.paged_kv import PagedKV
-from lean_attention.tuning import DecodeTuning, arch_family, decode_tuning, device_ctas
+from lean_attention.tuning import DecodeTuning, arch_family, check_head_dim, decode_tuning, device_ctas
 
-MAX_HEAD_DIM = 256
-
-# The layout of `StreamKPlan.work`, in int32 words: the header (total tiles, active CTAs, empty sequences, unused), then the
-# sections whose lengths are named here. The kernels walk the same offsets.
+# The layout of `StreamKPlan.work`, in int32 words: the header (total tiles, active CTAs, empty sequences, unused),
+# then the sections whose lengths are named here. The kernels walk the same offsets.
 HEADER: tl.constexpr = tl.constexpr(4)
+
+
+PAGES_AT_ONCE = 1024
+SEQUENCES_AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False)
 class StreamKPlan:
     """One step's tiles dealt to `num_ctas` CTAs, on the device; and the scratch memory that they merge through.
 
-    Launches that share a plan share its scratch: they must follow each other on one stream (as a step's layers do), inside a
-    captured graph or outside. Two streams want two plans. A launch leaves the arrival counters at zero, and planning zeroes
-    them too, so a plan serves any number of launches, and a captured graph any number of replays.
+    Launches that share a plan share its scratch: they must follow each other on one stream (as a step's layers do),
+    inside a captured graph or outside. Two streams want two plans. A launch leaves the arrival counters at zero, and
+    planning zeroes them too, so a plan serves any number of launches, and a captured graph any number of replays.
     """
 
     work: Tensor
@@ -93,8 +100,8 @@ class StreamKPlan:
         return self.work[5 + 3 * self.num_sequences + self.num_ctas :].view(2, self.num_ctas)
 
 
-@triton.jit
-def _visible_kernel(
+@triton.jit(do_not_specialize=["window", "positions_stride", "page_tokens"])
+def visible_kernel(
     lengths_ptr,
     q_positions_ptr,
     page_positions_ptr,
@@ -123,8 +130,8 @@ def _visible_kernel(
     tl.store(visible_ptr + 2 * b + 1, end)
 
 
-@triton.jit
-def _deal_kernel(
+@triton.jit(do_not_specialize=["window", "batch", "kv_heads", "num_ctas", "min_tiles", "tile", "search_steps"])
+def deal_kernel(
     lengths_ptr,
     q_positions_ptr,
     visible_ptr,
@@ -207,21 +214,18 @@ def plan_stream_k(
 ) -> StreamKPlan:
     """Deal the visible tiles of `kv` to CTAs, in one or two launches and without a synchronisation.
 
-    num_ctas     the grid; default: tuning.ctas_per_sm for each multiprocessor. It does not follow the lengths, so a captured
-                 graph that holds both the plan and the launches serves every length.
+    num_ctas     the grid; default: tuning.ctas_per_sm for each multiprocessor. It does not follow the lengths, so a
+                 captured graph that holds both the plan and the launches serves every length.
     fixed_split  split every row evenly among this many CTAs instead (what split-KV kernels do): for comparison.
-    tuning       default: `tuning.decode_tuning` for this device, head dim, dtype and group.
+    tuning       default: `tuning.decode_tuning` for this device, head dim and dtype.
 
     window and q_positions: as in `lean_attention.plan_decode`. Raises ValueError for a head dim beyond 256.
     """
     B, K, D = kv.num_sequences, kv.num_kv_heads, kv.head_dim
     group = num_heads // K
-    if D > MAX_HEAD_DIM:
-        raise ValueError(
-            f"the Triton decode kernel got head dim {D}; allowed: up to {MAX_HEAD_DIM}. Use backend='portable' beyond"
-        )
+    check_head_dim("decode", D)
     if tuning is None:
-        tuning = decode_tuning(D, kv.k.dtype, group, arch_family(kv.device))
+        tuning = decode_tuning(D, kv.k.dtype, arch_family(kv.device))
     if fixed_split is not None:
         num_ctas = max(1, B * K * fixed_split)
     elif num_ctas is None:
@@ -234,14 +238,14 @@ def plan_stream_k(
         assert q_positions is not None, "a window over pages with positions needs the query's own"
         visible = torch.empty(2 * B, dtype=torch.int32, device=kv.device)
         if B:
-            _visible_kernel[(B,)](
+            visible_kernel[(B,)](
                 kv.lengths, q_positions, kv.page_positions, visible, window, kv.page_positions.stride(0),
-                kv.page_tokens, BLOCK=1024, num_warps=4, enable_fp_fusion=True,
+                kv.page_tokens, BLOCK=PAGES_AT_ONCE, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
-    _deal_kernel[(1,)](
+    deal_kernel[(1,)](
         kv.lengths, q_positions if visible is None and window is not None else None, visible, work,
         window if visible is None else None, B, K, num_ctas, tuning.min_tiles, tuning.tile, B.bit_length(),
-        BLOCK=256, num_warps=4, enable_fp_fusion=True,
+        BLOCK=SEQUENCES_AT_ONCE, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return StreamKPlan(
         work, scratch, B, K, group, D, kv.page_tokens, num_ctas, fixed_split or 0,

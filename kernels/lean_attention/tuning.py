@@ -1,17 +1,22 @@
 """Tile, warp and pipeline choices for the Triton kernels: one table, in data.
 
-No choice is made by timing at serving time. A row was chosen by what the compiler makes of it (registers, spills, bytes in
-flight per multiprocessor; kernels/variants.md lists them), until a benchmark on the device in question says better.
+No choice is made by timing at serving time. A row was chosen by what the compiler makes of it (registers, spills,
+bytes in flight per multiprocessor; kernels/variants.md lists them), until a benchmark on the device in question says
+better.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import triton
 
+from lean_attention.paged_kv import PagedKV
+
 ArchFamily = Literal["ampere", "hopper", "blackwell", "cdna", "interpreter"]
+
+MAX_HEAD_DIM = 256
 
 INTERPRETER_CTAS = 7
 """The grid where there are no multiprocessors: odd, so that runs cross rows."""
@@ -50,18 +55,51 @@ def head_block(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def check_head_dim(operator: str, head_dim: int) -> None:
+    """Raise ValueError for a head dim that the Triton kernels do not serve."""
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"the Triton {operator} kernel got head dim {head_dim}; allowed: up to {MAX_HEAD_DIM}. Use "
+            "backend='portable' beyond"
+        )
+
+
+def kernel_page_tokens(kv: PagedKV) -> int:
+    """The page size that the kernels are compiled for.
+
+    With one page to a sequence no tile crosses a page border, so that contiguous caches of every length share one
+    binary.
+    """
+    return 1 << 30 if kv.page_table.shape[1] == 1 else kv.page_tokens
+
+
 def arch_family(device: torch.device) -> ArchFamily:
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
         return "cdna"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "ampere" if major < 9 else "hopper" if major == 9 else "blackwell"
+    return nvidia_family(torch.cuda.get_device_capability(device)[0])
+
+
+def nvidia_family(major: int) -> ArchFamily:
+    """The family of compute capability `major`.x. Consumer Blackwell (12.x) has Ampere's instructions and memory."""
+    if major == 9:
+        return "hopper"
+    return "blackwell" if major == 10 else "ampere"
 
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def dot_precision(q_dtype: torch.dtype, family: ArchFamily) -> str:
+    """Triton's `input_precision`, which float32 products heed. Its default on NVIDIA, TF32, has 11 bits.
+
+    Three TF32 products on the tensor cores are as good as one in float32 to 2^-21; real float32 products ("ieee") have
+    no tensor cores and spill registers at head dim 128.
+    """
+    return "tf32x3" if q_dtype == torch.float32 and family in ("ampere", "hopper", "blackwell") else "ieee"
 
 
 def device_ctas(device: torch.device, ctas_per_sm: int) -> int:
@@ -71,40 +109,58 @@ def device_ctas(device: torch.device, ctas_per_sm: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * ctas_per_sm
 
 
-# (head block, bytes of a KV element) -> tuning. A tile of K and V is 2 * tile * head block * bytes; `num_stages - 1` of
-# them are in flight per CTA. Meant: 48 to 96 KB in flight per multiprocessor, within its shared memory.
+# (head block, bytes of a KV element) -> tuning. A tile of K and V is 2 * tile * head block * bytes, of which a CTA has
+# between num_stages - 2 and num_stages - 1 in flight. Meant: 48 to 96 KB in flight per multiprocessor, and registers
+# for that many CTAs (65,536 / (32 * num_warps * registers)). On sm_90, group 4, the compiler gives:
+#   (64, 2)   tile 64: 160 registers, so 3 CTAs; tile 128 needs 255 and spills with a window
+#   (128, 2)  tile 64: 250 registers, 2 CTAs of 70 KB; 289 instructions a tile of 32 KB, a fifth of the time HBM takes
+#   (128, 4)  the products of float32 are three of TF32 (see dot_precision); as "ieee" they spill 296 bytes
 _DECODE: dict[tuple[int, int], DecodeTuning] = {
-    (64, 1): DecodeTuning(tile=128, num_warps=4, num_stages=3, ctas_per_sm=2),
-    (64, 2): DecodeTuning(tile=128, num_warps=4, num_stages=3, ctas_per_sm=2),
-    (64, 4): DecodeTuning(tile=64, num_warps=4, num_stages=3, ctas_per_sm=2),
+    (64, 1): DecodeTuning(tile=128, num_warps=4, num_stages=4, ctas_per_sm=2),
+    (64, 2): DecodeTuning(tile=64, num_warps=4, num_stages=4, ctas_per_sm=3),
+    (64, 4): DecodeTuning(tile=32, num_warps=4, num_stages=4, ctas_per_sm=2),
     (128, 1): DecodeTuning(tile=64, num_warps=4, num_stages=4, ctas_per_sm=2),
     (128, 2): DecodeTuning(tile=64, num_warps=4, num_stages=3, ctas_per_sm=2),
     (128, 4): DecodeTuning(tile=32, num_warps=4, num_stages=3, ctas_per_sm=2),
-    (256, 1): DecodeTuning(tile=64, num_warps=8, num_stages=3, ctas_per_sm=2),
+    (256, 1): DecodeTuning(tile=32, num_warps=4, num_stages=4, ctas_per_sm=2),
     (256, 2): DecodeTuning(tile=32, num_warps=4, num_stages=3, ctas_per_sm=2),
     (256, 4): DecodeTuning(tile=16, num_warps=4, num_stages=3, ctas_per_sm=2),
 }
 
-_INTERPRETER_DECODE = DecodeTuning(tile=32, num_warps=4, num_stages=1, ctas_per_sm=1, fan_in=4)
+_INTERPRETER_DECODE = DecodeTuning(tile=64, num_warps=4, num_stages=1, ctas_per_sm=1, fan_in=4)
 
-# (head block, bytes of a query element) -> tuning.
+# (head block, bytes of a query element) -> tuning. On sm_90 the products are wgmma from 64 rows to a warpgroup on.
 _PREFILL: dict[tuple[int, int], PrefillTuning] = {
     (64, 2): PrefillTuning(rows=128, tile=64, num_warps=4, num_stages=3),
-    (64, 4): PrefillTuning(rows=64, tile=32, num_warps=4, num_stages=2),
+    (64, 4): PrefillTuning(rows=32, tile=32, num_warps=4, num_stages=2),
     (128, 2): PrefillTuning(rows=128, tile=64, num_warps=8, num_stages=3),
-    (128, 4): PrefillTuning(rows=32, tile=32, num_warps=4, num_stages=2),
+    (128, 4): PrefillTuning(rows=32, tile=16, num_warps=4, num_stages=2),
     (256, 2): PrefillTuning(rows=64, tile=64, num_warps=8, num_stages=2),
     (256, 4): PrefillTuning(rows=32, tile=16, num_warps=8, num_stages=2),
 }
 
+_INTERPRETER_PREFILL = PrefillTuning(rows=256, tile=64, num_warps=4, num_stages=1)
 
-def decode_tuning(head_dim: int, kv_dtype: torch.dtype, group: int, family: ArchFamily) -> DecodeTuning:
+# What the tables above would need more than the 99 KB of shared memory (64 KB on CDNA) for.
+_SMALL_PREFILL: dict[tuple[ArchFamily, int, int], PrefillTuning] = {
+    ("ampere", 256, 2): PrefillTuning(rows=64, tile=32, num_warps=8, num_stages=2),
+    ("cdna", 128, 2): PrefillTuning(rows=128, tile=64, num_warps=8, num_stages=1),
+    ("cdna", 256, 2): PrefillTuning(rows=64, tile=32, num_warps=8, num_stages=1),
+}
+
+
+def decode_tuning(head_dim: int, kv_dtype: torch.dtype, family: ArchFamily) -> DecodeTuning:
     """The decode kernel's row of the table for KV of `kv_dtype`."""
     if family == "interpreter":
         return _INTERPRETER_DECODE
-    return _DECODE[max(64, head_block(head_dim)), kv_dtype.itemsize]
+    tuning = _DECODE[max(64, head_block(head_dim)), kv_dtype.itemsize]
+    # CDNA's pipeliner keeps tiles in registers and 64 KB of shared memory.
+    return replace(tuning, num_stages=2) if family == "cdna" else tuning
 
 
 def prefill_tuning(head_dim: int, q_dtype: torch.dtype, family: ArchFamily) -> PrefillTuning:
     """The prefill kernel's row of the table for queries of `q_dtype`."""
-    return _PREFILL[max(64, head_block(head_dim)), q_dtype.itemsize]
+    if family == "interpreter":
+        return _INTERPRETER_PREFILL
+    key = (max(64, head_block(head_dim)), q_dtype.itemsize)
+    return _SMALL_PREFILL.get((family, *key), _PREFILL[key])

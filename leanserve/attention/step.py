@@ -7,7 +7,7 @@ import torch
 from lean_attention import DecodePlan, append_kv, plan_decode
 from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.sharded_decode import sharded_decode
-from leanserve.attention.sharded_prefill import sharded_prefill
+from leanserve.attention.sharded_prefill import PrefillShare, sharded_prefill
 from leanserve.distributed.ranks import Ranks
 
 __all__ = ["SequencePages", "StepAttention", "StepLayout"]
@@ -31,7 +31,7 @@ class SequencePages:
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Where a step's N tokens stand: decode rows first (one token each), then prefill chunks."""
+    """Where this rank's N tokens of a step stand: all decode rows first, then the prefill tokens that it owns."""
 
     positions_N: torch.Tensor
     """int32, absolute."""
@@ -41,8 +41,8 @@ class StepLayout:
     """int32: the slot inside that page."""
     decode: SequencePages
     prefill: SequencePages
-    prefill_offsets: torch.Tensor
-    """int32 [prefill sequences + 1], into the prefill rows."""
+    share: PrefillShare | None
+    """None in a step without prefill."""
 
 
 class StepAttention:
@@ -89,17 +89,10 @@ class StepAttention:
         parts = []
         if split:
             parts.append(sharded_decode(q_NHD[:split], kv, self._plans[window], self._ranks))
-        if split < q_NHD.shape[0]:
+        if layout.share is not None:
+            kv = self._view(layer, layout.prefill)
             parts.append(
-                sharded_prefill(
-                    q_NHD[split:],
-                    self._view(layer, layout.prefill),
-                    layout.prefill_offsets,
-                    layout.positions_N[split:],
-                    self._ranks,
-                    window=window,
-                    backend=self._backend,
-                )
+                sharded_prefill(q_NHD[split:], kv, layout.share, self._ranks, window=window, backend=self._backend)
             )
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.to(q_NHD.dtype)

@@ -5,7 +5,10 @@ Cheap to import: no torch, no tokenizers.
 
 from pathlib import Path
 
-__all__ = ["bundled_model_dir"]
+__all__ = ["EXAMPLE_PROMPT", "bundled_model_dir"]
+
+EXAMPLE_PROMPT = "Monday, 3 March. We sailed east"
+"""The beginning of a text that the bundled model can go on with."""
 
 
 def bundled_model_dir() -> Path:

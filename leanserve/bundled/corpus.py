@@ -10,6 +10,7 @@ tokens, reads a tokenizer.
 """
 
 import random
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,17 @@ from leanserve.bundled.words import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["RELATIONS", "STYLES", "Fact", "Haystack", "NeedlePrompt", "Writer", "make_haystack", "make_prompt"]
+__all__ = [
+    "RELATIONS",
+    "STYLES",
+    "Fact",
+    "Haystack",
+    "NeedlePrompt",
+    "Writer",
+    "corpus_words",
+    "make_haystack",
+    "make_prompt",
+]
 
 STYLES = ("log", "inventory", "diary")
 
@@ -207,11 +218,8 @@ class Writer:
         """A fact about something new to this document."""
         name = self.rng.choice(list(RELATIONS))
         relation = RELATIONS[name]
-        return self._new(
-            lambda: Fact(
-                name, self.rng.choice(relation.heads), self.rng.choice(relation.tails), relation.value(self.rng)
-            )
-        )
+        choose = self.rng.choice
+        return self._new(lambda: Fact(name, choose(relation.heads), choose(relation.tails), relation.value(self.rng)))
 
     def distractor(self, fact: Fact) -> Fact:
         """A fact that shares all but one word of `fact`'s subject, or tells something else of the same thing."""
@@ -243,13 +251,12 @@ class Writer:
         return _capital(f"{self._fill(self.rng.choice(LEADS[self.style]))}{fact.clause} {fact.value}.")
 
     def _new(self, draw: Callable[[], Fact]) -> Fact:
-        # Every pool is far larger than a document's facts on one subject; the bound only turns a mistake into an error.
         for _ in range(10_000):
             fact = draw()
             if fact.key not in self._keys:
                 self._keys.add(fact.key)
                 return fact
-        raise RuntimeError(f"no subject is left for another fact; this document tells {len(self._keys)} already")
+        raise ValueError(f"no subject is left for another such fact; the document tells {len(self._keys)} already")
 
     def _fill(self, template: str) -> str:
         pieces = template.split("{")
@@ -258,6 +265,21 @@ class Writer:
             slot, rest = piece.split("}", 1)
             filled += [self.rng.choice(SLOTS[slot]), rest]
         return "".join(filled)
+
+
+@cache
+def corpus_words() -> set[str]:
+    """Every word that the grammar can write, in lower case, numbers left out."""
+    pools = (
+        *(text for texts in (*SLOTS.values(), *FILLER.values(), *LEADS.values()) for text in texts),
+        *(
+            text
+            for r in RELATIONS.values()
+            for text in (r.subject, r.clause, r.updated, r.question, *r.heads, *r.tails)
+        ),
+        *(*HEADERS.values(), *CONTAINERS, *PORTS, *MONTHS, *DAYS, "Entry", "Correction", "Question", "Answer"),
+    )
+    return {word for text in pools for word in re.findall(r"[a-z]+", re.sub("{.*?}", " ", text).lower())}
 
 
 @dataclass(frozen=True)
@@ -315,7 +337,10 @@ def make_haystack(
     updated: bool = False,
     ending: Callable[[tuple[Fact, ...]], str] = lambda facts: "",
 ) -> Haystack:
-    """A document of exactly `tokens` tokens with a fact at each of `depths`; `ending` is part of it, the rest as above."""
+    """A document of exactly `tokens` tokens, with a fact at each of `depths`; the rest is as in `make_prompt`.
+
+    ending: writes the document's last piece, which must start at a newline or a space; its tokens count.
+    """
     if outside := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ValueError(f"depth is {outside[0]}; it must be between 0 (first sentence) and 1 (last sentence)")
     if distractors < 0:
@@ -324,9 +349,9 @@ def make_haystack(
     writer = Writer(rng, rng.choice(STYLES))
     first_told = [writer.fact() for _ in depths]
     facts = tuple(writer.update(fact) for fact in first_told) if updated else tuple(first_told)
-    told = list(zip(depths, facts, strict=True))
-    if updated:
-        told += [(depth / 2, fact) for depth, fact in zip(depths, first_told, strict=True)]
+    # What is overruled comes first, so that at depth 0 too it is told before its update.
+    told = [(depth / 2, fact) for depth, fact in zip(depths, first_told, strict=True)] if updated else []
+    told += zip(depths, facts, strict=True)
     told += [((i + 0.5) / distractors, writer.distractor(facts[i % len(facts)])) for i in range(distractors)]
     told.sort(key=lambda item: item[0])
 

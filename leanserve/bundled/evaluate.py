@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from rich.progress import track
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from leanserve.bundled.corpus import STYLES, Haystack, Writer, make_haystack
+from leanserve.bundled.corpus import STYLES, Haystack, Writer, corpus_words, make_haystack
 from leanserve.bundled.network import KVCache, Network, load
 
-__all__ = ["DEPTHS", "Asked", "Prompted", "accuracy_by_depth", "ask", "held_out_perplexity", "sample"]
+__all__ = ["DEPTHS", "Asked", "Prompted", "accuracy_by_depth", "ask", "broken_words", "held_out_perplexity", "sample"]
 
 DEPTHS = tuple((i + 0.5) / 10 for i in range(10))
 LENGTHS_TOKENS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -136,6 +137,11 @@ def sample(
     return texts
 
 
+def broken_words(text: str) -> set[str]:
+    """Words of `text` that the corpus does not have."""
+    return {word for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in corpus_words()}
+
+
 def draw(table: dict[str, list[float]], path: Path) -> None:
     """A chart of accuracy over length (rows of `table`) and depth."""
     import matplotlib as mpl
@@ -169,6 +175,7 @@ def main() -> None:
             hard = name != "plain"
             if not (hard and (tokens < 1024 or tokens > 4096)):
                 table[str(tokens)] = accuracy_by_depth(network, tokenizer, tokens, arguments.documents, hard=hard)
+    samples = sample(network, tokenizer, 100)
     result = {
         "documents_per_length": arguments.documents,
         "facts_per_document": len(DEPTHS),
@@ -179,7 +186,9 @@ def main() -> None:
         },
         "accuracy_by_depth": tables,
         "perplexity": round(held_out_perplexity(network, tokenizer), 3),
-        "samples_at_temperature_0.7": sample(network, tokenizer, 5),
+        "samples_at_temperature_0.7": samples[:5],
+        "samples": len(samples),
+        "samples_with_broken_words": sum(bool(broken_words(text)) for text in samples),
         "torch": torch.__version__,
     }
     (arguments.directory / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -1,7 +1,10 @@
+# ruff: noqa: SIM905
 """The words of the corpus. Things that facts speak of (MATERIALS, OBJECTS, LAST_NAMES, ...) never stand in filler.
 
 Every word is meant to become one token of the bundled tokenizer.
 """
+
+from collections.abc import Sequence
 
 __all__ = [
     "COLOURS",
@@ -19,30 +22,48 @@ __all__ = [
     "SLOTS",
 ]
 
-MATERIALS = ["brass", "iron", "copper", "silver", "golden", "wooden", "ivory", "marble", "pewter", "bronze", "leather", "velvet", "crystal", "amber", "pearl", "coral", "painted", "carved", "broken", "polished", "folded", "sealed", "hidden", "ancient", "tiny", "curved", "striped", "spotted", "gilded", "rusty"]
-COLOURS = ["red", "blue", "green", "yellow", "black", "white", "purple", "orange", "crimson", "scarlet", "violet", "indigo"]
-OBJECTS = ["key", "lantern", "compass", "mirror", "bell", "flute", "medal", "ring", "whistle", "knife", "spoon", "goblet", "statue", "clock", "ledger", "chart", "letter", "globe", "telescope", "pistol", "anchor", "button", "candle", "brooch", "thimble", "hourglass", "necklace", "puzzle", "harp", "drum", "violin", "mask", "crown", "dagger", "needle", "buckle", "bracelet", "basket", "ribbon", "inkwell", "sextant", "locket"]
-GOODS = ["rope", "canvas", "tar", "nails", "flour", "sugar", "coffee", "tobacco", "cotton", "wool", "paper", "wax", "oil", "salt", "pepper", "soap"]
-CONTAINERS = ["locker", "crate", "drawer", "chest", "box", "cabinet"]
-FIRST_NAMES = ["Mara", "Edda", "Tomas", "Clara", "Ruben", "Ingrid", "Pavel", "Nora", "Silas", "Greta", "Oscar", "Lydia", "Felix", "Hanna", "Jonas", "Vera", "Anton", "Celia", "Hugo", "Rosa", "Emil", "Dora", "Victor", "Selma", "Casper", "Thea", "Ivo", "Marta", "Leon", "Alma"]
-LAST_NAMES = ["Voss", "Holm", "Lindt", "Brandt", "Farrow", "Quill", "Ashby", "Marsh", "Thorne", "Keller", "Draper", "Locke", "Sorensen", "Vance", "Pike", "Harlow", "Stroud", "Winter", "Calder", "Moss", "Barlow", "Finch", "Graves", "Hobbs", "Lang", "Mercer", "Nash", "Orton", "Reed", "Sutter"]
-PORTS = ["Ansel", "Bremmer", "Carrow", "Dunmore", "Elsin", "Farhaven", "Galder", "Hexham", "Islay", "Jarrow", "Kelm", "Lorne", "Merrow", "Norvik", "Orsay", "Penrith", "Quayle", "Rostow", "Selby", "Tarn", "Ulster", "Varna", "Wexford", "Yarrow"]
-SHIPS = ["Heron", "Petrel", "Albatross", "Kestrel", "Marlin", "Tern", "Osprey", "Curlew"]
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MATERIALS = (
+    "brass iron copper silver golden wooden ivory marble pewter bronze leather velvet crystal amber pearl coral "
+    "painted carved broken polished folded sealed hidden ancient tiny curved striped spotted gilded rusty"
+).split()
+COLOURS = "red blue green yellow black white purple orange crimson scarlet violet indigo".split()
+OBJECTS = (
+    "key lantern compass mirror bell flute medal ring whistle knife spoon goblet statue clock ledger chart letter "
+    "globe telescope pistol anchor button candle brooch thimble hourglass necklace puzzle harp drum violin mask "
+    "crown dagger needle buckle bracelet basket ribbon inkwell sextant locket"
+).split()
+GOODS = "rope canvas tar nails flour sugar coffee tobacco cotton wool paper wax oil salt pepper soap".split()
+CONTAINERS = "locker crate drawer chest box cabinet".split()
+FIRST_NAMES = (
+    "Mara Edda Tomas Clara Ruben Ingrid Pavel Nora Silas Greta Oscar Lydia Felix Hanna Jonas Vera Anton Celia Hugo "
+    "Rosa Emil Dora Victor Selma Casper Thea Ivo Marta Leon Alma"
+).split()
+LAST_NAMES = (
+    "Voss Holm Lindt Brandt Farrow Quill Ashby Marsh Thorne Keller Draper Locke Sorensen Vance Pike Harlow Stroud "
+    "Winter Calder Moss Barlow Finch Graves Hobbs Lang Mercer Nash Orton Reed Sutter"
+).split()
+PORTS = (
+    "Ansel Bremmer Carrow Dunmore Elsin Farhaven Galder Hexham Islay Jarrow Kelm Lorne Merrow Norvik Orsay Penrith "
+    "Quayle Rostow Selby Tarn Ulster Varna Wexford Yarrow"
+).split()
+SHIPS = "Heron Petrel Albatross Kestrel Marlin Tern Osprey Curlew".split()
+MONTHS = "January February March April May June July August September October November December".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
-SLOTS: dict[str, list[str]] = {
+SLOTS: dict[str, Sequence[str]] = {
     "first": FIRST_NAMES,
     "ship": SHIPS,
     "hour": [str(hour) for hour in range(1, 13)],
-    "few": ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve"],
-    "wind": ["breeze", "gale", "wind", "squall", "storm"],
-    "direction": ["north", "south", "east", "west", "northeast", "northwest", "southeast", "southwest"],
-    "sky": ["clear", "grey", "cloudy", "dark", "bright", "pale", "stormy", "hazy"],
-    "sea": ["calm", "rough", "smooth", "heavy", "choppy", "restless", "gentle"],
-    "meal": ["bread", "soup", "stew", "fish", "cheese", "porridge", "rice", "beans", "apples", "biscuits", "potatoes", "onions", "mutton", "pudding"],
-    "drink": ["tea", "water", "cider", "milk", "broth"],
-    "mood": ["tired", "cheerful", "quiet", "hungry", "anxious", "hopeful", "proud", "restless", "content", "homesick", "grateful", "nervous", "lonely", "patient"],
+    "few": "two three four five six seven eight nine ten twelve".split(),
+    "wind": "breeze gale wind squall storm".split(),
+    "direction": "north south east west northeast northwest southeast southwest".split(),
+    "sky": "clear grey cloudy dark bright pale stormy hazy".split(),
+    "sea": "calm rough smooth heavy choppy restless gentle".split(),
+    "meal": "bread soup stew fish cheese porridge rice beans apples biscuits potatoes onions mutton pudding".split(),
+    "drink": "tea water cider milk broth".split(),
+    "mood": (
+        "tired cheerful quiet hungry anxious hopeful proud restless content homesick grateful nervous lonely patient"
+    ).split(),
     "task": [
         "mending the sails",
         "scrubbing the deck",
@@ -55,9 +76,9 @@ SLOTS: dict[str, list[str]] = {
         "sharpening the tools",
         "writing to the family",
     ],
-    "room": ["galley", "cabin", "hold", "forecastle", "pantry", "workshop", "wheelhouse", "kitchen", "attic", "cellar"],
-    "animal": ["gulls", "dolphins", "whales", "seals", "pelicans", "porpoises", "geese", "cats"],
-    "song": ["ballad", "shanty", "hymn", "waltz", "lullaby", "tune"],
+    "room": "galley cabin hold forecastle pantry workshop wheelhouse kitchen attic cellar".split(),
+    "animal": "gulls dolphins whales seals pelicans porpoises geese cats".split(),
+    "song": "ballad shanty hymn waltz lullaby tune".split(),
     "time": [
         "at dawn",
         "at noon",
@@ -70,11 +91,11 @@ SLOTS: dict[str, list[str]] = {
         "during the watch",
         "all day",
     ],
-    "part": ["mast", "rudder", "bow", "stern", "keel", "railing", "pump", "windlass", "hatch", "bowsprit"],
-    "fault": ["leaking", "creaking", "loose", "cracked", "damp", "worn", "frozen", "stuck"],
+    "part": "mast rudder bow stern keel railing pump windlass hatch bowsprit".split(),
+    "fault": "leaking creaking loose cracked damp worn frozen stuck".split(),
 }
 
-FILLER: dict[str, list[str]] = {
+FILLER: dict[str, Sequence[str]] = {
     "log": [
         "The {wind} came from the {direction} {time}.",
         "The sky was {sky} and the sea was {sea}.",
@@ -100,7 +121,7 @@ FILLER: dict[str, list[str]] = {
         "The glass fell and the {wind} grew stronger.",
         "Fog hid the coast {time}, and we rang for the {ship}.",
         "{first} reported that the {part} is {fault} again.",
-        "We dropped anchor near a {sky} beach and filled every barrel with {drink}.",
+        "We landed on a {sky} beach and filled every barrel with {drink}.",
         "{first} caught {few} fish {time} and shared them with the others.",
         "The current carried us {direction} faster than anyone expected.",
         "Lightning struck close to the {part}, yet nobody was hurt.",
@@ -109,6 +130,8 @@ FILLER: dict[str, list[str]] = {
         "The stars were visible {time}, and {first} practised navigation.",
         "A stranger on the {ship} shouted something we could not understand.",
         "Waves broke over the {part} until the {wind} finally eased.",
+        "An albatross followed us for {few} hundred miles.",
+        "{first} steered between two dangerous reefs {time}.",
         "The carpenter promised to finish {task} before Sunday.",
     ],
     "inventory": [
@@ -141,6 +164,8 @@ FILLER: dict[str, list[str]] = {
         "Customs officers inspected the {room} {time} without complaint.",
         "The scales in the {room} are accurate again.",
         "{few} bundles arrived wet because the {part} was {fault}.",
+        "Tools lent to the {ship} have not been returned.",
+        "Damaged goods were sold cheaply at auction.",
         "A receipt for the {meal} is pinned to the {room} door.",
     ],
     "diary": [
@@ -175,6 +200,8 @@ FILLER: dict[str, list[str]] = {
         "I bought {few} oranges at the market and gave one to {first}.",
         "My shoes are still wet from yesterday.",
         "{first} wore a beautiful coat and looked rather {mood}.",
+        "The doctor recommends fresh air and long walks.",
+        "Grandfather showed {first} how to repair the {part}.",
         "Children were playing beside the {room} {time}.",
     ],
 }

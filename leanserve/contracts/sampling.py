@@ -61,7 +61,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             return isinstance(value, int) and not isinstance(value, bool)
 
         def is_finite(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            try:
+                return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            except OverflowError:  # an int beyond any float
+                return False
 
         if not is_int(self.max_tokens) or self.max_tokens < 1:
             raise refuse("max_tokens", "it must be an integer of at least 1")

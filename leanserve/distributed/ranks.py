@@ -78,6 +78,21 @@ class Ranks:
         _all_gather(everybody, mine.view(-1), group=self.group)
         return everybody.view(self.size, *mine.shape).to(self.device)
 
+    def all_to_all(self, mine: torch.Tensor, send_rows: list[int], receive_rows: list[int]) -> torch.Tensor:
+        """Send rows of `mine`, grouped by receiver in rank order; returns what was received, grouped by sender.
+
+        Args:
+            send_rows, receive_rows: how many rows go to, and come from, each rank.
+        """
+        if self.size == 1:
+            return mine
+        mine = mine.contiguous()
+        if self.stages_through_host:
+            mine = mine.cpu()
+        received = mine.new_empty((sum(receive_rows), *mine.shape[1:]))
+        dist.all_to_all_single(received, mine, receive_rows, send_rows, group=self.group)
+        return received.to(self.device)
+
     def broadcast_from_rank_0(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x` on every rank; the others pass a tensor of the same shape and dtype, which is overwritten."""
         if self.size == 1:

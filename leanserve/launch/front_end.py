@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from leanserve import __version__
+from leanserve.bundled import EXAMPLE_PROMPT
 from leanserve.contracts.errors import EngineError
 from leanserve.contracts.messages import EngineInfo
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
@@ -39,7 +40,6 @@ GRACE_S = 2.0
 """After Ctrl-C or SIGTERM, how long live requests may go on before they end with an error."""
 
 BUNDLED_NAME = "leanserve-bundled"
-EXAMPLE_PROMPT = "Once upon a time"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,8 @@ def serve_until_stopped(options: ServeOptions) -> int:
         run_dir = Path(os.environ[RUN_DIR_VARIABLE])
         when_gone(int(agent_pid), lambda: os.kill(os.getpid(), signal.SIGTERM))
     console.print(f"[bold]LeanServe {__version__}[/]  {options.model_name}  ({architecture.describe()})")
+    for note in architecture.notes:
+        console.print(f"Note: {escape(note)}")
     if unused_gpu is not None:
         console.print(f"No GPU is used: {unused_gpu}")
     group = EngineGroup(config, num_ranks=num_ranks, run_dir=run_dir)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanserve.model.architecture import Architecture
-from leanserve.model.layers import linear, rms_norm, swiglu
+from leanserve.model.layers import Linear, rms_norm, swiglu
 from leanserve.model.rope import Rope, RotaryTable, rotate
 
 __all__ = ["Attend", "Decoder", "DecoderLayer"]
@@ -47,25 +47,21 @@ class DecoderLayer:
 
     rotates: bool
     input_norm_C: Tensor
-    qkv_JC: Tensor
-    """Rows: H * D of the queries, K * D of the keys, K * D of the values."""
-    qkv_bias_J: Tensor | None
+    qkv: Linear
+    """Outputs: H * D of the queries, K * D of the keys, K * D of the values."""
     qk_norm_HKD: Tensor | None
     """[H + K, D]: the query norm's weight for each query head, the key norm's for each KV head."""
-    output_CJ: Tensor
-    output_bias_C: Tensor | None
+    output: Linear
     mlp_norm_C: Tensor
-    gate_up_JC: Tensor
-    """Rows: the gate's, then the up projection's."""
-    gate_up_bias_J: Tensor | None
-    down_CJ: Tensor
-    down_bias_C: Tensor | None
+    gate_up: Linear
+    """Outputs: the gate's, then the up projection's."""
+    down: Linear
 
 
 class Decoder:
     """A decoder-only language model with its final norm and output projection.
 
-    The constructor allocates; `weights.load_weights` fills.
+    The constructor allocates; `weights.load_weights` fills it and packs it.
 
     Args:
         architecture: what to build.
@@ -81,30 +77,29 @@ class Decoder:
         self.device = torch.device(device)
         self.rope = Rope(a.rope, head_dim=a.head_dim, max_positions=a.max_positions, device=device)
 
-        def empty(*shape: int) -> Tensor:
+        def vector(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        qkv_width, attention_width = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim, a.num_heads * a.head_dim
-        self.embedding_VC = empty(a.vocab_size, a.hidden_size)
+        def projection(outputs: int, inputs: int, *, bias: bool = False) -> Linear:
+            return Linear(outputs, inputs, bias=bias, dtype=dtype, device=device)
+
+        hidden, middle, attended = a.hidden_size, a.intermediate_size, a.num_heads * a.head_dim
+        self.embedding_VC = vector(a.vocab_size, hidden)
         self.layers = [
             DecoderLayer(
                 rotates=rotates,
-                input_norm_C=empty(a.hidden_size),
-                qkv_JC=empty(qkv_width, a.hidden_size),
-                qkv_bias_J=empty(qkv_width) if a.qkv_bias else None,
-                qk_norm_HKD=empty(a.num_heads + a.num_kv_heads, a.head_dim) if a.qk_norm else None,
-                output_CJ=empty(a.hidden_size, attention_width),
-                output_bias_C=empty(a.hidden_size) if a.output_bias else None,
-                mlp_norm_C=empty(a.hidden_size),
-                gate_up_JC=empty(2 * a.intermediate_size, a.hidden_size),
-                gate_up_bias_J=empty(2 * a.intermediate_size) if a.mlp_bias else None,
-                down_CJ=empty(a.hidden_size, a.intermediate_size),
-                down_bias_C=empty(a.hidden_size) if a.mlp_bias else None,
+                input_norm_C=vector(hidden),
+                qkv=projection(attended + 2 * a.num_kv_heads * a.head_dim, hidden, bias=a.qkv_bias),
+                qk_norm_HKD=vector(a.num_heads + a.num_kv_heads, a.head_dim) if a.qk_norm else None,
+                output=projection(hidden, attended, bias=a.output_bias),
+                mlp_norm_C=vector(hidden),
+                gate_up=projection(2 * middle, hidden, bias=a.mlp_bias),
+                down=projection(hidden, middle, bias=a.mlp_bias),
             )
             for rotates in a.layer_rope
         ]
-        self.final_norm_C = empty(a.hidden_size)
-        self.unembedding_VC = self.embedding_VC if a.tied_embeddings else empty(a.vocab_size, a.hidden_size)
+        self.final_norm_C = vector(hidden)
+        self.unembedding = None if a.tied_embeddings else projection(a.vocab_size, hidden)
 
     @torch.inference_mode()
     def forward(
@@ -122,65 +117,75 @@ class Decoder:
         x_NC = F.embedding(tokens_N, self.embedding_VC)
         table = self.rope.table(positions_N, prompt_lengths_N, self.dtype)
         for index, layer in enumerate(self.layers):
-            x_NC = self._layer(index, layer, x_NC, table, attend)
+            self._add_layer(index, layer, x_NC, table, attend)
         return rms_norm(x_NC, self.final_norm_C, self.architecture.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden_MC: Tensor) -> Tensor:
         """Logits [M, V] in float32 of hidden states that `forward` returned."""
-        return linear(hidden_MC, self.unembedding_VC, None).float()
+        if self.unembedding is None:
+            return F.linear(hidden_MC, self.embedding_VC).float()
+        return self.unembedding(hidden_MC).float()
 
-    def _layer(self, index: int, layer: DecoderLayer, x_NC: Tensor, table: RotaryTable, attend: Attend) -> Tensor:
+    def _add_layer(self, index: int, layer: DecoderLayer, x_NC: Tensor, table: RotaryTable, attend: Attend) -> None:
+        """Add attention, then the MLP, to the residual stream in place."""
         a = self.architecture
+        n, d, rotary_heads = x_NC.shape[0], a.head_dim, a.num_heads + a.num_kv_heads
         h_NC = rms_norm(x_NC, layer.input_norm_C, a.rms_norm_eps)
-        qkv_NHD = linear(h_NC, layer.qkv_JC, layer.qkv_bias_J).view(x_NC.shape[0], -1, a.head_dim)
-        qk_NHD, v_NKD = qkv_NHD.split((a.num_heads + a.num_kv_heads, a.num_kv_heads), dim=1)
+        qkv_NHD = layer.qkv(h_NC).view(n, rotary_heads + a.num_kv_heads, d)
+        qk_NHD, v_NKD = qkv_NHD.split((rotary_heads, a.num_kv_heads), dim=1)
         if layer.qk_norm_HKD is not None:
-            qk_NHD = rms_norm(qk_NHD, None, a.rms_norm_eps) * layer.qk_norm_HKD
+            qk_NHD = rms_norm(qk_NHD, None, a.rms_norm_eps).mul_(layer.qk_norm_HKD)
         if layer.rotates:
             qk_NHD = rotate(qk_NHD, table)
         q_NHD, k_NKD = qk_NHD.split((a.num_heads, a.num_kv_heads), dim=1)
 
         attended_NHD = attend(index, q_NHD, k_NKD, v_NKD)
-        x_NC = x_NC + linear(attended_NHD.reshape(x_NC.shape[0], -1), layer.output_CJ, layer.output_bias_C)
+        x_NC += layer.output(attended_NHD.reshape(n, a.num_heads * d))
 
         h_NC = rms_norm(x_NC, layer.mlp_norm_C, a.rms_norm_eps)
-        h_NJ = swiglu(linear(h_NC, layer.gate_up_JC, layer.gate_up_bias_J))
-        return x_NC + linear(h_NJ, layer.down_CJ, layer.down_bias_C)
+        x_NC += layer.down(swiglu(layer.gate_up(h_NC)))
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Every tensor under its name in a checkpoint, as a view into this model's memory: where it is to be loaded.
 
-        Names and shapes are those of `Architecture.tensor_shapes`. The q_norm and k_norm views are [H, D] and [K, D]
-        with one row per head; loading a [D] vector into them repeats it.
+        Names and shapes are those of `Architecture.tensor_shapes`, except that the q_norm and k_norm views are [H, D]
+        and [K, D], one row per head: copying a [D] vector into them repeats it. Not after `pack`.
         """
         a = self.architecture
         queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         found: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding_VC}
+
+        def add(projection: Linear, parts: dict[str, int]) -> None:
+            """`parts`: checkpoint names of a projection's outputs, in order, and how many each has."""
+            if projection.weight_JC is None:
+                raise RuntimeError("the weights are packed; checkpoint_tensors comes before pack")
+            for kind, fused in (("weight", projection.weight_JC), ("bias", projection.bias_J)):
+                if fused is not None:
+                    views = fused.split(tuple(parts.values()))
+                    found.update({f"{name}.{kind}": view for name, view in zip(parts, views, strict=True)})
+
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}"
             attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
             found[f"{prefix}.input_layernorm.weight"] = layer.input_norm_C
-            found[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm_C
-            for kind, fused in (("weight", layer.qkv_JC), ("bias", layer.qkv_bias_J)):
-                if fused is not None:
-                    q, k, v = fused.split((queries, keys, keys))
-                    found |= {f"{attention}.{name}_proj.{kind}": t for name, t in (("q", q), ("k", k), ("v", v))}
+            add(layer.qkv, {f"{attention}.q_proj": queries, f"{attention}.k_proj": keys, f"{attention}.v_proj": keys})
             if layer.qk_norm_HKD is not None:
-                q_norm, k_norm = layer.qk_norm_HKD.split((a.num_heads, a.num_kv_heads))
-                found |= {f"{attention}.q_norm.weight": q_norm, f"{attention}.k_norm.weight": k_norm}
-            for kind, fused in (("weight", layer.gate_up_JC), ("bias", layer.gate_up_bias_J)):
-                if fused is not None:
-                    gate, up = fused.chunk(2)
-                    found |= {f"{mlp}.gate_proj.{kind}": gate, f"{mlp}.up_proj.{kind}": up}
-            for name, weight, bias in (
-                (f"{attention}.o_proj", layer.output_CJ, layer.output_bias_C),
-                (f"{mlp}.down_proj", layer.down_CJ, layer.down_bias_C),
-            ):
-                found[f"{name}.weight"] = weight
-                if bias is not None:
-                    found[f"{name}.bias"] = bias
+                q_norm_HD, k_norm_KD = layer.qk_norm_HKD.split((a.num_heads, a.num_kv_heads))
+                found |= {f"{attention}.q_norm.weight": q_norm_HD, f"{attention}.k_norm.weight": k_norm_KD}
+            add(layer.output, {f"{attention}.o_proj": a.hidden_size})
+            found[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm_C
+            add(layer.gate_up, {f"{mlp}.gate_proj": a.intermediate_size, f"{mlp}.up_proj": a.intermediate_size})
+            add(layer.down, {f"{mlp}.down_proj": a.hidden_size})
         found["model.norm.weight"] = self.final_norm_C
-        if not a.tied_embeddings:
-            found["lm_head.weight"] = self.unembedding_VC
+        if self.unembedding is not None:
+            add(self.unembedding, {"lm_head": a.vocab_size})
         return found
+
+    def pack(self) -> None:
+        """Re-lay the projections for the CPU, one after the other, once their weights are loaded."""
+        for layer in self.layers:
+            for projection in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                projection.pack()
+        if self.unembedding is not None:
+            self.unembedding.pack()

@@ -56,7 +56,7 @@ def load_decoder(
 
 
 def load_weights(decoder: Decoder, model_dir: Path, *, progress: Progress | None = None) -> None:
-    """Fill a Decoder from a checkpoint directory.
+    """Fill a Decoder from a checkpoint directory, then pack it for the CPU it is on.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or of a type that is not read; or a file is
@@ -81,6 +81,7 @@ def load_weights(decoder: Decoder, model_dir: Path, *, progress: Progress | None
                 progress(done, total)
         if decoder.architecture.tied_embeddings and _HEAD in stored:
             _check_tied(decoder, stored[_HEAD])
+    decoder.pack()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from array import array
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -21,7 +20,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from leanserve.contracts.config import EngineConfig
-from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedError
+from leanserve.contracts.errors import EngineError, OverloadedError
 from leanserve.contracts.messages import (
     Abort,
     Configure,
@@ -40,13 +39,17 @@ from leanserve.contracts.messages import (
     encode,
 )
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.server.output_stream import OutputStream
 
-__all__ = ["EngineClient", "EngineLoad", "EngineState", "LiveRequest", "OutputStream", "token_bytes"]
+__all__ = ["EngineClient", "EngineLoad", "EngineState", "LiveRequest", "token_bytes"]
 
 EngineState = Literal["loading", "ready", "failed"]
 
 _LAST_WORDS_S = 0.1
 """After the engine's connection closes, time for messages that it sent before to arrive."""
+
+_FAREWELL_MS = 200
+"""Longest wait, when closing, for the last messages (a Shutdown) to leave."""
 
 logger = logging.getLogger("leanserve.server")
 
@@ -74,127 +77,9 @@ class LiveRequest:
     request_id: str
     prompt_token_ids: bytes
     sampling: SamplingParams
-    stream: "OutputStream"
+    stream: OutputStream
     output_token_ids: "array[int]"
     """Every token received so far."""
-
-
-class OutputStream:
-    """The outputs of one or more requests, in the order they come: `EngineClient.open_stream` makes it.
-
-        stream = client.open_stream()
-        stream.submit("r1", token_bytes(prompt), sampling)
-        try:
-            while not stream.finished:
-                output = await stream.next()
-        finally:
-            stream.abort()
-
-    Every request ends here exactly once: with an output whose finish_reason is "stop" or "length", by `abort`, or,
-    all of them together, by one exception out of `next`.
-    """
-
-    def __init__(self, client: "EngineClient", max_queued_tokens: int) -> None:
-        self._client = client
-        self._max_queued_tokens = max_queued_tokens
-        self._queue: deque[TokenOutput] = deque()
-        self._queued_tokens = 0
-        self._live: set[str] = set()
-        self._error: LeanServeError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Nothing is left to read."""
-        return not self._queue and not self._live and self._error is None
-
-    def submit(self, request_id: str, prompt_token_ids: bytes, sampling: SamplingParams) -> None:
-        """Hand a request to the engine.
-
-        Raises:
-            OverloadedError: the engine is still loading.
-            EngineError: the engine failed or is gone.
-        """
-        self._client._submit(self, request_id, prompt_token_ids, sampling)  # pyright: ignore[reportPrivateUsage]
-        self._live.add(request_id)
-
-    async def next(self, timeout_s: float | None = None) -> TokenOutput | None:
-        """The next output, or None after `timeout_s` of silence. Call only while not `finished`.
-
-        Raises:
-            EngineError: the engine failed, or could not finish one of the requests; all of them have ended.
-            OverloadedError: outputs were read too slowly; all requests have ended.
-        """
-        if not self._queue and self._error is None:
-            await self._wait(timeout_s)
-        if self._queue:
-            output = self._queue.popleft()
-            self._queued_tokens -= len(output.token_ids)
-            return output
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        return None
-
-    def abort(self, request_id: str | None = None) -> None:
-        """Stop one request, or all; harmless for those that have ended. Outputs not read yet are dropped."""
-        ending = self._live & {request_id} if request_id is not None else self._live
-        for ended in ending:
-            self._client._abort(ended)  # pyright: ignore[reportPrivateUsage]
-        if request_id is None:
-            self._live.clear()
-            self._queue.clear()
-            self._error = None
-        else:
-            self._live.discard(request_id)
-            self._queue = deque(output for output in self._queue if output.request_id != request_id)
-        self._queued_tokens = sum(len(output.token_ids) for output in self._queue)
-
-    async def _wait(self, timeout_s: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        waiter = self._waiter = loop.create_future()
-        timer = None if timeout_s is None else loop.call_later(timeout_s, self._wake)
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _put(self, output: TokenOutput) -> None:
-        if output.finish_reason is not None:
-            self._live.discard(output.request_id)
-        if output.finish_reason in ("error", "abort"):
-            self._fail(EngineError(output.error or "the engine gave up on the request"))
-            return
-        self._queue.append(output)
-        self._queued_tokens += len(output.token_ids)
-        if self._queued_tokens > self._max_queued_tokens:
-            self._fail(
-                OverloadedError(
-                    f"{self._queued_tokens} tokens wait to be read; the request was stopped, at most "
-                    f"{self._max_queued_tokens} may wait"
-                ),
-                drop_queue=True,
-            )
-            return
-        self._wake()
-
-    def _fail(self, error: LeanServeError, *, drop_queue: bool = False) -> None:
-        if self._error is not None:
-            return
-        for request_id in self._live:
-            self._client._abort(request_id)  # pyright: ignore[reportPrivateUsage]
-        self._live.clear()
-        if drop_queue:
-            self._queue.clear()
-            self._queued_tokens = 0
-        self._error = error
-        self._wake()
 
 
 class EngineClient:
@@ -220,7 +105,7 @@ class EngineClient:
         self._max_queued_tokens = max_queued_tokens
         self._live: dict[str, LiveRequest] = {}
         self._heard_at = time.monotonic()
-        self._connections = 0
+        self._connections: set[int] = set()
         self._settled = asyncio.Event()
         self._failed = asyncio.Event()
         self._is_ending = False
@@ -234,7 +119,7 @@ class EngineClient:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
         self._socket.linger = 0
-        monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._socket.bind(self.address)
         self._tasks = [
             asyncio.create_task(self._receive(self._socket), name="engine outputs"),
@@ -250,7 +135,7 @@ class EngineClient:
         self._tasks = []
         if self._socket is not None and self._context is not None:
             self._socket.disable_monitor()
-            self._context.destroy(linger=0)
+            self._context.destroy(linger=_FAREWELL_MS)
             self._socket = self._context = None
 
     async def wait_ready(self) -> EngineInfo:
@@ -291,7 +176,7 @@ class EngineClient:
             stream.abort()
 
     def open_stream(self) -> OutputStream:
-        return OutputStream(self, self._max_queued_tokens)
+        return OutputStream(self._submit, self._abort, self._max_queued_tokens)
 
     @property
     def live_requests(self) -> int:
@@ -314,7 +199,7 @@ class EngineClient:
     def end_all(self, message: str) -> None:
         """End every live request with an EngineError and tell the engine to stop them."""
         for stream in {request.stream for request in self._live.values()}:
-            stream._fail(EngineError(message))  # pyright: ignore[reportPrivateUsage]
+            stream.fail(EngineError(message))
 
     def shut_down_engine(self) -> None:
         """Ask the engine to end every rank; nothing happens when none is connected."""
@@ -327,7 +212,7 @@ class EngineClient:
             progress = f" ({self.loading.stage}, {self.loading.done} of {self.loading.total})" if self.loading else ""
             raise OverloadedError(f"the model is still loading{progress}; try again soon", retry_after_s=2)
         if self.state == "failed":
-            raise EngineError(f"the engine is not running: {self.failure}")
+            raise EngineError(f"the engine is not running: {_first_line(self.failure)}")
 
     def _submit(self, stream: OutputStream, request_id: str, prompt_token_ids: bytes, sampling: SamplingParams) -> None:
         self.check_ready()
@@ -343,10 +228,9 @@ class EngineClient:
             self._send(Abort(request_id))
 
     def _end(self, requests: list[LiveRequest], message: str) -> None:
-        for request in requests:
-            if self._live.pop(request.request_id, None) is not None:
-                request.stream._live.discard(request.request_id)  # pyright: ignore[reportPrivateUsage]
-                request.stream._fail(EngineError(f"the engine stopped: {message}"))  # pyright: ignore[reportPrivateUsage]
+        ended = [request for request in requests if self._live.pop(request.request_id, None) is not None]
+        for stream in {request.stream for request in ended}:
+            stream.fail(EngineError(f"the engine stopped: {_first_line(message)}"))
 
     def _send(self, message: ToEngine) -> bool:
         """Send without waiting; False when no engine is connected."""
@@ -376,6 +260,7 @@ class EngineClient:
                 case Loading():
                     self.state, self.loading, self.failure = "loading", message, None
                     self._settled.clear()
+                    self._failed.clear()
                 case EngineReady():
                     self.state, self.info, self.loading, self.failure = "ready", message.info, None, None
                     self._settled.set()
@@ -394,20 +279,25 @@ class EngineClient:
             request.output_token_ids.extend(output.token_ids)
             if output.finish_reason is not None:
                 del self._live[output.request_id]
-            request.stream._put(output)  # pyright: ignore[reportPrivateUsage]
+            request.stream.put(output)
 
     async def _watch_connection(self, monitor: zmq.asyncio.Socket) -> None:
         while True:
             event = await cast("Any", recv_monitor_message(monitor))
-            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._connections += 1
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._connections.add(event["value"])
                 continue
-            self._connections -= 1
+            self._connections.discard(event["value"])
             orphans = list(self._live.values())
             await asyncio.sleep(_LAST_WORDS_S)
-            if self._connections == 0 and self.state != "failed":
+            if not self._connections and self.state != "failed":
                 if not self._is_ending:
                     logger.error("the engine's connection closed")
                 self.fail("its connection closed")
             else:
                 self._end(orphans, "its connection closed")
+
+
+def _first_line(message: str | None) -> str:
+    """What a client may know of a failure; the log has the rest."""
+    return (message or "no reason given").partition("\n")[0]

@@ -37,11 +37,13 @@ def bind_socket(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: the port is taken or not allowed, or the address is not this machine's.
     """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}; it must be from 0 (any free one) to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except (socket.gaierror, UnicodeError, OverflowError) as error:
+    except (socket.gaierror, UnicodeError) as error:
         raise ConfigError(f"host {host!r}, port {port} is not an address: {error}") from error
     listener = socket.socket(family, kind, protocol)
     try:
@@ -50,15 +52,15 @@ def bind_socket(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         listener.bind(address)
         listener.listen(_BACKLOG)  # only this shuts others out: two sockets may be bound to one port
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
         raise ConfigError(_why_not(error, host, port)) from error
     listener.setblocking(False)
     return listener
 
 
-def _why_not(error: OSError | OverflowError, host: str, port: int) -> str:
-    match getattr(error, "errno", None):
+def _why_not(error: OSError, host: str, port: int) -> str:
+    match error.errno:
         case errno.EADDRINUSE:
             return (
                 f"port {port} on {host} is taken, perhaps by another server still running here (to see it: "

@@ -3,7 +3,8 @@
 JSON is read by pydantic itself, which also refuses lone surrogates, deep nesting and numbers of thousands of digits.
 """
 
-from typing import Annotated, Any
+import json
+from typing import Annotated, Any, ClassVar, Self
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,7 +18,7 @@ from leanserve.contracts.sampling import (
 )
 from leanserve.server.errors import validation_error
 
-__all__ = ["CompletionRequest", "StreamOptions"]
+__all__ = ["CompletionRequest", "DetokenizeRequest", "ErrorBody", "StreamOptions", "TokenizeRequest"]
 
 _MAX_STOP_CHARS = 256
 _INT32_MAX = 2**31 - 1
@@ -26,8 +27,9 @@ _TokenIds = Annotated[list[int], Field(fail_fast=True)]
 _TokenIdLists = Annotated[list[_TokenIds], Field(fail_fast=True)]
 _Texts = Annotated[list[str], Field(fail_fast=True)]
 
+_PROMPT_FORMS = "a string, a list of token ids, a list of strings, or a list of lists of token ids"
 _EXPECTED = {
-    "prompt": "a string, a list of token ids, a list of strings, or a list of lists of token ids",
+    "tokens": "a list of token ids",
     "stop": f"a string or a list of at most {MAX_STOP_STRINGS} strings, each of 1 to {_MAX_STOP_CHARS} characters",
     "stop_token_ids": f"a list of at most {MAX_STOP_TOKEN_IDS} token ids",
 }
@@ -61,16 +63,76 @@ _NOT_HONOURED: dict[str, tuple[object, ...]] = {
     "return_progress": (False,),
     "return_tokens_as_token_ids": (False,),
     "prompt_embeds": (),
+    "messages": (),
+    "return_token_strs": (False,),
     "logits_processors": ([],),
 }
 """Fields that other servers honour and this one does not, with the values that change nothing; null is always one."""
 
 
-class _Body(BaseModel):
+class _Object(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
 
-class StreamOptions(_Body):
+class _Body(_Object):
+    expected: ClassVar[dict[str, str]] = _EXPECTED
+    """What fields of several types may hold, for messages."""
+
+    model: str | None = None
+    """May be left out: one model is served."""
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Read and check a body.
+
+        Raises:
+            RequestError: what is wrong with it.
+        """
+        try:
+            request = cls.model_validate_json(body)
+        except pydantic.ValidationError as error:
+            raise validation_error(error, cls.expected) from None  # its repr holds the input
+        _refuse_what_is_not_honoured(request.model_extra or {})
+        request.check()
+        return request
+
+    def check(self) -> None:
+        """Raises: RequestError where fields contradict each other."""
+
+    @classmethod
+    def openapi(cls) -> dict[str, Any]:
+        """The request body as OpenAPI writes it, without references."""
+        schema = cls.model_json_schema()
+        definitions = schema.pop("$defs", {})
+        text = json.dumps(schema)
+        for name, definition in definitions.items():
+            text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(definition))
+        return {"required": True, "content": {"application/json": {"schema": json.loads(text)}}}
+
+    @property
+    def unknown_fields(self) -> int:
+        """How many fields nobody here has heard of."""
+        return sum(name not in _NOT_HONOURED for name in self.model_extra or {})
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field at fault."""
+    code: str | None
+    """A stable short word."""
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class StreamOptions(_Object):
     """What a stream tells beside its text."""
 
     include_usage: bool | None = None
@@ -82,9 +144,9 @@ class StreamOptions(_Body):
 class CompletionRequest(_Body):
     """POST /v1/completions."""
 
+    expected: ClassVar[dict[str, str]] = {"prompt": _PROMPT_FORMS, **_EXPECTED}
+
     prompt: Annotated[_TokenIds | str | _TokenIdLists | _Texts, Field(union_mode="left_to_right")]
-    model: str | None = None
-    """May be left out: one model is served."""
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     """Another name for max_tokens."""
@@ -119,43 +181,21 @@ class CompletionRequest(_Body):
     user: str | None = None
     """Accepted, not used."""
 
-    @classmethod
-    def parse(cls, body: bytes) -> "CompletionRequest":
-        """Read and check a body.
-
-        Raises:
-            RequestError: what is wrong with it.
-        """
-        try:
-            request = cls.model_validate_json(body)
-        except pydantic.ValidationError as error:
-            raise validation_error(error, _EXPECTED) from None  # its repr holds the input
-        _refuse_what_is_not_honoured(request.model_extra or {})
-        if request.n not in (None, 1):
-            raise RequestError(f"n is {request.n}; only 1 is supported", param="n", code="unsupported_value")
-        if request.best_of not in (None, 1):
-            raise RequestError(
-                f"best_of is {request.best_of}; only 1 is supported", param="best_of", code="unsupported_value"
-            )
-        if request.stream_options is not None and not request.stream:
+    def check(self) -> None:
+        for name, value in (("n", self.n), ("best_of", self.best_of)):
+            if value not in (None, 1):
+                raise RequestError(f"{name} is {value}; only 1 is supported", param=name, code="unsupported_value")
+        if self.stream_options is not None and not self.stream:
             raise RequestError(
                 "stream_options is given without stream: true", param="stream_options", code="invalid_value"
             )
-        if None not in (request.max_tokens, request.max_completion_tokens) and (
-            request.max_tokens != request.max_completion_tokens
-        ):
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise RequestError(
-                f"max_tokens is {request.max_tokens} and max_completion_tokens is {request.max_completion_tokens}; "
+                f"max_tokens is {self.max_tokens} and max_completion_tokens is {self.max_completion_tokens}; "
                 "give one of them",
                 param="max_completion_tokens",
                 code="invalid_value",
             )
-        return request
-
-    @property
-    def unknown_fields(self) -> int:
-        """How many fields nobody here has heard of."""
-        return sum(name not in _NOT_HONOURED for name in self.model_extra or {})
 
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, one or many, all of one kind.
@@ -189,6 +229,19 @@ class CompletionRequest(_Body):
             "cache_salt": self.cache_salt,
         }
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+class TokenizeRequest(_Body):
+    """POST /tokenize."""
+
+    prompt: str
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeRequest(_Body):
+    """POST /detokenize."""
+
+    tokens: _TokenIds
 
 
 def _refuse_what_is_not_honoured(extra: dict[str, Any]) -> None:

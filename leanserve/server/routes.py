@@ -12,10 +12,9 @@ from starlette.responses import Response
 from leanserve import __version__
 from leanserve.contracts.errors import EngineError, RequestError
 from leanserve.server.completions import Completion, Piece
-from leanserve.server.engine_client import OutputStream
-from leanserve.server.errors import error_reply
-from leanserve.server.protocol import CompletionRequest
-from leanserve.server.serving import Serving
+from leanserve.server.output_stream import OutputStream
+from leanserve.server.protocol import CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
+from leanserve.server.serving import Serving, check_token_ids
 from leanserve.server.sse import EventStream, completion_events
 
 __all__ = ["build_router"]
@@ -25,27 +24,52 @@ _T = TypeVar("_T")
 
 def build_router(serving: Serving) -> APIRouter:
     """All routes of one model."""
-    router = APIRouter()
+    router = APIRouter(
+        responses={
+            "4XX": {"model": ErrorBody, "description": "The request is wrong."},
+            "5XX": {"model": ErrorBody, "description": "The server cannot answer, now or at all."},
+        }
+    )
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", openapi_extra={"requestBody": CompletionRequest.openapi()})
     async def completions(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         body = CompletionRequest.parse(await _json_body(request))
         serving.counts["unknown_fields"] += body.unknown_fields
         serving.check_model(body.model)
         sampling = body.sampling()
-        info = serving.admit()
+        info = serving.admit(1)
         prompts = await serving.prepare(body, sampling, info)
+        serving.admit(len(prompts))  # again: tokenizing a long text takes a while
         completion = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
         outputs = serving.client.open_stream()
         try:
             for prompt, request_id in zip(prompts, completion.choices, strict=True):
                 outputs.submit(request_id, prompt.token_ids, sampling)
             if body.stream:
-                return EventStream(completion_events(completion, outputs, serving.settings.keep_alive_s), outputs)
+                events = completion_events(completion, outputs, serving.settings.keep_alive_s)
+                return EventStream(events, outputs, serving.counts)
             return _json(await _unless_disconnected(request, _collect(completion, outputs)))
         except BaseException:
             outputs.abort()
             raise
+
+    @router.post("/tokenize", openapi_extra={"requestBody": TokenizeRequest.openapi()})
+    async def tokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        body = TokenizeRequest.parse(await _json_body(request))
+        serving.check_model(body.model)
+        special = body.add_special_tokens is not False
+        token_ids = await asyncio.to_thread(serving.text_tokenizer().encode, body.prompt, add_special_tokens=special)
+        limit = serving.client.info.max_context_tokens if serving.client.info else None
+        return _json({"count": len(token_ids), "max_model_len": limit, "tokens": token_ids})
+
+    @router.post("/detokenize", openapi_extra={"requestBody": DetokenizeRequest.openapi()})
+    async def detokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        body = DetokenizeRequest.parse(await _json_body(request))
+        serving.check_model(body.model)
+        tokenizer = serving.text_tokenizer()
+        check_token_ids(body.tokens, tokenizer.vocab_size, "tokens")
+        text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
+        return _json({"prompt": text})
 
     @router.get("/v1/models")
     async def models() -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -60,9 +84,9 @@ def build_router(serving: Serving) -> APIRouter:
     async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
         client = serving.client
         if client.state == "failed":
-            return error_reply(EngineError(f"the engine is not running: {client.failure}")).response()
+            client.check_ready()
         if client.silent_s > serving.settings.stall_after_s:
-            return error_reply(EngineError(f"the engine has made no progress for {client.silent_s:.0f} s")).response()
+            raise EngineError(f"the engine has made no progress for {client.silent_s:.0f} s")
         return _json(
             {
                 "status": "ok",

@@ -4,6 +4,7 @@ import asyncio
 import time
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from leanserve.contracts.errors import OverloadedError, RequestError, RequestTooLongError
@@ -15,7 +16,7 @@ from leanserve.server.protocol import CompletionRequest
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
 
-__all__ = ["Prompt", "Serving"]
+__all__ = ["Prompt", "Serving", "check_token_ids"]
 
 _IDS_AT_ONCE = 1 << 16
 """Token ids checked and packed between two turns of the event loop: about 3 ms."""
@@ -56,17 +57,18 @@ class Serving:
             raise OverloadedError("the server is shutting down; try another, or later", retry_after_s=5)
         self.client.check_ready()
 
-    def admit(self) -> EngineInfo:
-        """The engine's facts, if a request may come in now.
+    def admit(self, num_prompts: int) -> EngineInfo:
+        """The engine's facts, if so many prompts may come in now.
 
         Raises:
             OverloadedError: the server is loading, draining or full.
             EngineError: the engine is gone.
         """
         self.check_serving()
-        if self.client.live_requests >= self.settings.max_live_requests:
+        if self.client.live_requests + num_prompts > self.settings.max_live_requests:
             raise OverloadedError(
-                f"{self.client.live_requests} requests are waiting or running, the limit; try again soon"
+                f"{self.client.live_requests} prompts are waiting or running and {num_prompts} more came; "
+                f"the limit is {self.settings.max_live_requests}, try again soon"
             )
         assert self.client.info is not None
         return self.client.info
@@ -101,9 +103,7 @@ class Serving:
                 param="stop",
                 code="no_tokenizer",
             )
-        for token_id in sampling.stop_token_ids:
-            if token_id >= info.vocab_size:
-                raise _outside_vocabulary("stop_token_ids", token_id, info.vocab_size)
+        check_token_ids(sampling.stop_token_ids, info.vocab_size, "stop_token_ids")
         prepared: list[Prompt] = []
         for token_ids in await self._token_id_lists(prompts, request.add_special_tokens is not False, sampling, info):
             if len(token_ids) + sampling.max_tokens > info.max_context_tokens:
@@ -111,6 +111,17 @@ class Serving:
             packed = await _pack(token_ids, info.vocab_size)
             prepared.append(Prompt(packed, len(token_ids), token_ids[-_CONTEXT_IDS:]))
         return prepared
+
+    def text_tokenizer(self) -> Tokenizer:
+        """Raises: RequestError where the model has no tokenizer."""
+        if self.tokenizer is None:
+            raise RequestError(
+                "this model has no tokenizer (its checkpoint has no tokenizer.json), so it takes token ids only: "
+                'send prompt as a list of ids, with "return_token_ids": true',
+                param="prompt",
+                code="no_tokenizer",
+            )
+        return self.tokenizer
 
     async def drain(self, grace_s: float) -> None:
         """Let nobody in, give live requests `grace_s` to finish, then end the rest with an error."""
@@ -127,20 +138,12 @@ class Serving:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if not texts:
             return [prompt for prompt in prompts if not isinstance(prompt, str)]
-        if self.tokenizer is None:
-            raise RequestError(
-                "this model has no tokenizer (its checkpoint has no tokenizer.json), so it takes token ids only: "
-                'send prompt as a list of ids, with "return_token_ids": true',
-                param="prompt",
-                code="no_tokenizer",
-            )
+        tokenizer = self.text_tokenizer()
         for text in texts:
-            fewest = len(text) // self.tokenizer.max_token_chars
+            fewest = len(text) // tokenizer.max_token_chars
             if fewest + sampling.max_tokens > info.max_context_tokens:
                 raise _too_long(f"{len(text)} characters, at least {fewest} tokens,", fewest, sampling, info)
-        token_id_lists = await asyncio.to_thread(
-            self.tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens
-        )
+        token_id_lists = await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens)
         if not all(token_id_lists):
             raise RequestError("prompt is text without a single token", param="prompt", code="empty_prompt")
         return token_id_lists
@@ -152,18 +155,20 @@ async def _pack(token_ids: list[int], vocab_size: int) -> bytes:
         if start:
             await asyncio.sleep(0)
         part = token_ids[start : start + _IDS_AT_ONCE]
-        if min(part) < 0 or max(part) >= vocab_size:
-            raise _outside_vocabulary("prompt", next(i for i in part if not 0 <= i < vocab_size), vocab_size)
+        check_token_ids(part, vocab_size, "prompt")
         packed.fromlist(part)
     return packed.tobytes()
 
 
-def _outside_vocabulary(param: str, token_id: int, vocab_size: int) -> RequestError:
-    return RequestError(
-        f"{param} holds token id {token_id}; this model's vocabulary is 0 to {vocab_size - 1}",
-        param=param,
-        code="invalid_token_id",
-    )
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises: RequestError for ids that the vocabulary lacks, whatever their size."""
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise RequestError(
+            f"{param} holds token id {wrong}; this model's vocabulary is 0 to {vocab_size - 1}",
+            param=param,
+            code="invalid_token_id",
+        )
 
 
 def _too_long(seen: str, tokens: int, sampling: SamplingParams, info: EngineInfo) -> RequestTooLongError:

@@ -1,5 +1,6 @@
 """Server-sent events: frames, keep-alives, and an end that always says how it ended."""
 
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import orjson
@@ -8,9 +9,9 @@ from starlette.types import Receive, Scope, Send
 
 from leanserve.contracts.errors import LeanServeError
 from leanserve.server.completions import Completion
-from leanserve.server.engine_client import OutputStream
 from leanserve.server.errors import error_reply
 from leanserve.server.logs import log_internal_error
+from leanserve.server.output_stream import OutputStream
 
 __all__ = ["EventStream", "completion_events"]
 
@@ -21,16 +22,19 @@ _DONE = b"data: [DONE]\n\n"
 class EventStream(StreamingResponse):
     """A stream of events whose requests end with it, however it ends."""
 
-    def __init__(self, events: AsyncIterator[bytes], outputs: OutputStream) -> None:
+    def __init__(self, events: AsyncIterator[bytes], outputs: OutputStream, counts: Counter[str]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._outputs = outputs
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:  # a disconnect cancels the sending and leaves the generator where it stands
-            self._outputs.abort()
+            if not self._outputs.finished:
+                self._counts["disconnects"] += 1
+                self._outputs.abort()
 
 
 def frame(content: dict[str, object]) -> bytes:

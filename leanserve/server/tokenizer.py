@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from leanserve.contracts.errors import CheckpointError
 
@@ -43,7 +42,7 @@ class Tokenizer:
         config = _read_json(directory / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
             config |= _read_json(directory / "special_tokens_map.json")
-        _apply_config(backend, config, directory)
+        _apply_config(backend, config)
         return cls(backend)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -72,8 +71,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _apply_config(backend: tokenizers.Tokenizer, config: dict[str, Any], directory: Path) -> None:
-    """Bring the backend to what transformers makes of tokenizer_config.json."""
+def _apply_config(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """Bring the backend to what transformers makes of tokenizer_config.json.
+
+    `add_bos_token` and `add_eos_token` say nothing beside a tokenizer.json: its own template decides.
+    """
     backend.no_truncation()  # a training-time setting saved with the file; never cut a prompt silently
     backend.no_padding()
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -91,25 +93,6 @@ def _apply_config(backend: tokenizers.Tokenizer, config: dict[str, Any], directo
     named = [token for token in special if token is not None]
     backend.add_special_tokens(named)  # pyright: ignore[reportUnknownMemberType]
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    # tokenizer.json's own template stands, unless the configuration speaks of bos or eos, or there is none.
-    if "add_bos_token" in config or "add_eos_token" in config or backend.post_processor is None:
-        backend.post_processor = _bos_eos_template(backend, config, directory)
-
-
-def _bos_eos_template(backend: tokenizers.Tokenizer, config: dict[str, Any], directory: Path) -> TemplateProcessing:
-    def wanted(which: str) -> str | None:
-        token = _added_token(config.get(f"{which}_token"))
-        if not config.get(f"add_{which}_token") or token is None:
-            return None
-        if backend.token_to_id(token.content) is None:
-            raise CheckpointError(f"{directory}: the {which} token {token.content!r} is not in tokenizer.json")
-        return token.content
-
-    bos, eos = wanted("bos"), wanted("eos")
-    return TemplateProcessing(
-        single=[*([bos] if bos else []), "$A", *([eos] if eos else [])],
-        special_tokens=[(token, cast("int", backend.token_to_id(token))) for token in (bos, eos) if token],
-    )
 
 
 def _added_token(value: object) -> tokenizers.AddedToken | None:

@@ -1,4 +1,7 @@
-"""A step message -> device tensors: which tokens, at which positions, in which pages. Built once per step."""
+"""A step message -> device tensors: which tokens, at which positions, in which pages. Built once per step.
+
+Shapes: N tokens that this rank computes: B decode rows, which every rank computes, then L of the Q prefill tokens.
+"""
 
 from dataclasses import dataclass
 from itertools import takewhile
@@ -6,65 +9,131 @@ from itertools import takewhile
 import numpy as np
 import torch
 
+from leanserve.attention.sharded_prefill import PrefillShare
 from leanserve.attention.step import SequencePages, StepLayout
 from leanserve.contracts.batch import Row
+from leanserve.distributed.ranks import Ranks
 from leanserve.worker.sequences import LiveSequence, LiveSequences
 
-__all__ = ["StepInputs", "build_inputs"]
+__all__ = ["SampledRows", "StepInputs", "build_inputs"]
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """Which hidden states give a next token."""
+
+    sequence_ids: list[int]
+    """In row order: decode rows, then prefill rows."""
+    decode_rows: torch.Tensor
+    """int64: rows of the N tokens; every rank has them."""
+    prefill_owners: list[int]
+    """The rank that has the hidden state of each sampling prefill row."""
+    prefill_rows: torch.Tensor
+    """int64: rows of the N tokens of the owner; 0 where this rank is not it."""
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """N tokens of one step, decode rows first."""
+    """This rank's part of a step."""
 
     tokens_N: torch.Tensor
     """int64."""
     prompt_lengths_N: torch.Tensor
     """int64: tokens in the prompt of each token's sequence."""
     layout: StepLayout
-    sampling_rows: torch.Tensor
-    """int64 [M]: rows of the N tokens whose hidden state gives a next token, in row order."""
-    sampled_ids: list[int]
-    """Sequence id of each sampling row."""
+    sampled: SampledRows
 
 
-def build_inputs(rows: list[Row], live: LiveSequences, page_tokens: int, device: torch.device) -> StepInputs:
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens of some rows, side by side, in host memory."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    pages: np.ndarray
+    owners: np.ndarray
+    prompt_lengths: np.ndarray
+
+    @classmethod
+    def of(cls, rows: list[Row], sequences: list[LiveSequence], page_tokens: int) -> "_Tokens":
+        spans = [np.arange(row.start, row.start + row.count, dtype=np.int32) for row in rows]
+        columns = [
+            [sequence.tokens[row.start : row.start + row.count] for row, sequence in zip(rows, sequences, strict=True)],
+            spans,
+            [sequence.page_at(span, page_tokens) for span, sequence in zip(spans, sequences, strict=True)],
+            [sequence.owner_at(span, page_tokens) for span, sequence in zip(spans, sequences, strict=True)],
+            [np.full(row.count, s.num_prompt_tokens, np.int32) for row, s in zip(rows, sequences, strict=True)],
+        ]
+        return cls(*(np.concatenate([np.zeros(0, np.int32), *column]) for column in columns))
+
+    def only(self, chosen: np.ndarray) -> "_Tokens":
+        return _Tokens(*(column[chosen] for column in vars(self).values()))
+
+    def then(self, others: "_Tokens") -> "_Tokens":
+        pairs = zip(vars(self).values(), vars(others).values(), strict=True)
+        return _Tokens(*(np.concatenate(pair) for pair in pairs))
+
+
+def build_inputs(rows: list[Row], live: LiveSequences, page_tokens: int, ranks: Ranks) -> StepInputs:
     """Lay out `rows` for this rank. The leading rows of one token go through decode, all others through prefill."""
+    device = ranks.device
     sequences = [live[row.sequence_id] for row in rows]
-    counts = np.fromiter((row.count for row in rows), np.int64, len(rows))
-    ends = np.cumsum(counts)
     num_decode = sum(1 for _ in takewhile(lambda row: row.count == 1, rows))
+    prefill_rows = rows[num_decode:]
+    decode = _Tokens.of(rows[:num_decode], sequences[:num_decode], page_tokens)
+    prefill = _Tokens.of(prefill_rows, sequences[num_decode:], page_tokens)
+    tokens = decode.then(prefill.only(prefill.owners == ranks.rank))
+    ends = np.cumsum([row.count for row in prefill_rows], dtype=np.int64)
 
-    tokens = np.empty(int(ends[-1]), np.int64)
-    positions = np.empty(int(ends[-1]), np.int32)
-    pages = np.empty(int(ends[-1]), np.int32)
-    for row, sequence, end in zip(rows, sequences, ends, strict=True):
-        here = slice(int(end) - row.count, int(end))
-        span = np.arange(row.start, row.start + row.count, dtype=np.int32)
-        tokens[here] = sequence.tokens[row.start : row.start + row.count]
-        positions[here] = span
-        pages[here] = sequence.page_at(span, page_tokens)
-
-    def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+    def to_device(array: np.ndarray, dtype: type = np.int32) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device, non_blocking=True)
 
     def sequence_pages(part: slice) -> SequencePages:
         return _sequence_pages(rows[part], sequences[part], page_tokens, device)
 
+    share = None
+    if prefill_rows:
+        place = _place_in_owner(prefill.owners, ranks.size)
+        tokens_per_rank = np.bincount(prefill.owners, minlength=ranks.size)
+        share = PrefillShare(
+            q_offsets=to_device(np.concatenate([[0], ends])),
+            positions_Q=to_device(prefill.positions),
+            tokens_per_rank=tuple(tokens_per_rank.tolist()),
+            padded_rows_Q=to_device(prefill.owners * tokens_per_rank.max() + place, np.int64),
+            by_owner_Q=to_device(np.argsort(prefill.owners, kind="stable"), np.int64),
+        )
+        last = ends[[row.samples for row in prefill_rows]] - 1
+        sampling_owners = prefill.owners[last]
+        sampling_rows = np.where(sampling_owners == ranks.rank, num_decode + place[last], 0)
+    else:
+        sampling_owners = sampling_rows = np.zeros(0, np.int32)
     return StepInputs(
-        tokens_N=to_device(tokens),
-        prompt_lengths_N=to_device(np.repeat([s.num_prompt_tokens for s in sequences], counts)),
+        tokens_N=to_device(tokens.ids, np.int64),
+        prompt_lengths_N=to_device(tokens.prompt_lengths, np.int64),
         layout=StepLayout(
-            positions_N=to_device(positions),
-            pages_N=to_device(pages),
-            slots_N=to_device(positions % page_tokens),
+            positions_N=to_device(tokens.positions),
+            pages_N=to_device(tokens.pages),
+            slots_N=to_device(tokens.positions % page_tokens),
             decode=sequence_pages(slice(0, num_decode)),
             prefill=sequence_pages(slice(num_decode, None)),
-            prefill_offsets=to_device(np.concatenate([[0], ends[num_decode:] - num_decode]).astype(np.int32)),
+            share=share,
         ),
-        sampling_rows=to_device(ends[[row.samples for row in rows]] - 1),
-        sampled_ids=[row.sequence_id for row in rows if row.samples],
+        sampled=SampledRows(
+            sequence_ids=[row.sequence_id for row in rows if row.samples],
+            decode_rows=to_device(np.flatnonzero([row.samples for row in rows[:num_decode]]), np.int64),
+            prefill_owners=sampling_owners.tolist(),
+            prefill_rows=to_device(sampling_rows, np.int64),
+        ),
     )
+
+
+def _place_in_owner(owners: np.ndarray, num_ranks: int) -> np.ndarray:
+    """For each token, how many tokens before it have the same owner."""
+    place = np.empty(len(owners), np.int64)
+    for rank in range(num_ranks):
+        mine = owners == rank
+        place[mine] = np.arange(np.count_nonzero(mine))
+    return place
 
 
 def _sequence_pages(

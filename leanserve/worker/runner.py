@@ -8,7 +8,7 @@ from leanserve.contracts.batch import Batch, StepResult, step_checksum
 from leanserve.contracts.errors import DesyncError
 from leanserve.distributed.ranks import Ranks
 from leanserve.model.decoder import Decoder
-from leanserve.worker.inputs import StepInputs, build_inputs
+from leanserve.worker.inputs import SampledRows, StepInputs, build_inputs
 from leanserve.worker.sampler import Draw, sample
 from leanserve.worker.sequences import LiveSequences
 
@@ -42,7 +42,7 @@ class Runner:
         self._live.apply(batch.dropped, batch.started, batch.grants)
         token_ids: list[int] = []
         if batch.rows:
-            inputs = build_inputs(batch.rows, self._live, self._shard.page_tokens, self._ranks.device)
+            inputs = build_inputs(batch.rows, self._live, self._shard.page_tokens, self._ranks)
             hidden_NC = self._decoder.forward(
                 inputs.tokens_N,
                 inputs.layout.positions_N,
@@ -78,16 +78,27 @@ class Runner:
 
     def _next_tokens(self, hidden_NC: torch.Tensor, inputs: StepInputs) -> list[int]:
         """Rank 0 samples; one small broadcast tells every rank."""
-        if not inputs.sampled_ids:
+        sampled = [self._live[sequence_id] for sequence_id in inputs.sampled.sequence_ids]
+        if not sampled:
             return []
-        sampled = [self._live[sequence_id] for sequence_id in inputs.sampled_ids]
+        hidden_MC = self._sampled_hidden(hidden_NC, inputs.sampled)
         if self._ranks.rank == 0:
-            logits_MV = self._decoder.logits(hidden_NC[inputs.sampling_rows])
             draws = [Draw(s.sampling, s.seed, s.num_tokens - s.num_prompt_tokens) for s in sampled]
-            tokens_M = sample(logits_MV, draws)
+            tokens_M = sample(self._decoder.logits(hidden_MC), draws)
         else:
             tokens_M = torch.empty(len(sampled), dtype=torch.int64, device=self._ranks.device)
         token_ids = self._ranks.broadcast_from_rank_0(tokens_M).tolist()
         for sequence, token_id in zip(sampled, token_ids, strict=True):
             sequence.append_token(token_id)
         return token_ids
+
+    def _sampled_hidden(self, hidden_NC: torch.Tensor, sampled: SampledRows) -> torch.Tensor:
+        """Hidden states of the sampling rows. Every rank has the decode rows; a prefill row comes from its owner."""
+        decode_MC = hidden_NC[sampled.decode_rows]
+        if not sampled.prefill_owners:
+            return decode_MC
+        if hidden_NC.shape[0] == 0:  # this rank owns nothing of the step
+            hidden_NC = hidden_NC.new_zeros((1, hidden_NC.shape[1]))
+        by_rank_RMC = self._ranks.all_gather(hidden_NC[sampled.prefill_rows])
+        rows = torch.arange(len(sampled.prefill_owners))
+        return torch.cat([decode_MC, by_rank_RMC[sampled.prefill_owners, rows]])

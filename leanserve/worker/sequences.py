@@ -40,19 +40,26 @@ class LiveSequence:
     """int32: absolute position of each page's first token."""
     page_of_ordinal: np.ndarray = field(default_factory=lambda: np.full(0, -1, np.int32))
     """int32 by page ordinal over all ranks: this rank's page, or -1 where another rank holds it."""
+    owner_of_ordinal: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int32 by page ordinal: the rank that holds the page."""
 
     def append_token(self, token_id: int) -> None:
         self.tokens = _grown(self.tokens, self.num_tokens + 1)
         self.tokens[self.num_tokens] = token_id
         self.num_tokens += 1
 
-    def grant(self, ordinal: int, page: int, page_tokens: int) -> None:
+    def grant(self, ordinal: int, owner: int, page: int | None, page_tokens: int) -> None:
+        """Note a new page; `page` is None where another rank holds it."""
+        self.owner_of_ordinal = _grown(self.owner_of_ordinal, ordinal + 1)
+        self.page_of_ordinal = _grown(self.page_of_ordinal, ordinal + 1, fill=-1)
+        self.owner_of_ordinal[ordinal] = owner
+        if page is None:
+            return
+        self.page_of_ordinal[ordinal] = page
         self.pages = _grown(self.pages, self.num_pages + 1)
         self.page_positions = _grown(self.page_positions, self.num_pages + 1)
-        self.page_of_ordinal = _grown(self.page_of_ordinal, ordinal + 1, fill=-1)
         self.pages[self.num_pages] = page
         self.page_positions[self.num_pages] = ordinal * page_tokens
-        self.page_of_ordinal[ordinal] = page
         self.num_pages += 1
 
     def tokens_here(self, end: int, page_tokens: int) -> int:
@@ -64,10 +71,11 @@ class LiveSequence:
 
     def page_at(self, positions: np.ndarray, page_tokens: int) -> np.ndarray:
         """This rank's page for each absolute position, -1 where another rank owns it."""
-        ordinals = positions // page_tokens
-        if len(positions) and ordinals[-1] >= len(self.page_of_ordinal):
-            self.page_of_ordinal = _grown(self.page_of_ordinal, int(ordinals[-1]) + 1, fill=-1)
-        return self.page_of_ordinal[ordinals]
+        return self.page_of_ordinal[positions // page_tokens]
+
+    def owner_at(self, positions: np.ndarray, page_tokens: int) -> np.ndarray:
+        """The rank that owns each absolute position."""
+        return self.owner_of_ordinal[positions // page_tokens]
 
 
 class LiveSequences:
@@ -100,5 +108,5 @@ class LiveSequences:
                 tokens=tokens.copy(),
             )
         for grant in grants:
-            if grant.rank == self._rank:
-                self[grant.sequence_id].grant(grant.ordinal, grant.page, self._page_tokens)
+            page = grant.page if grant.rank == self._rank else None
+            self[grant.sequence_id].grant(grant.ordinal, grant.rank, page, self._page_tokens)

@@ -23,6 +23,7 @@ from leanserve.contracts.sampling import SamplingParams
         {"temperature": 2.1},
         {"temperature": math.nan},
         {"temperature": "hot"},
+        {"temperature": 10**400},
         {"top_p": 0},
         {"top_p": 1.01},
         {"top_k": -2},
@@ -33,7 +34,7 @@ from leanserve.contracts.sampling import SamplingParams
         {"stop": ["x"] * 17},
         {"stop_token_ids": [-1]},
     ],
-    ids=str,
+    ids=lambda wrong: str(wrong)[:30],
 )
 def test_a_wrong_sampling_value_names_its_field(wrong):
     with pytest.raises(RequestError) as caught:

@@ -5,6 +5,7 @@ import json
 
 import httpx
 import psutil
+
 from checkpoints import checkpoint, hf_greedy, random_prompts
 from live_server import live_server
 

@@ -44,6 +44,7 @@ def test_tables_of_published_models(tmp_path: Path, path: Path) -> None:
         {"type": "linear", "factor": 4.0},
         {"type": "dynamic", "factor": 2.0},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, "truncate": False},
         {"rope_type": "yarn", "factor": 4.0},
         {"rope_type": "longrope", "short_factor": [1.1] * 32, "long_factor": [3.0] * 32, "factor": 16.0},
         {
@@ -53,7 +54,7 @@ def test_tables_of_published_models(tmp_path: Path, path: Path) -> None:
             "original_max_position_embeddings": 4096,
         },
     ],
-    ids=["linear", "dynamic", "yarn", "yarn-no-original", "longrope-factor", "longrope-original"],
+    ids=["linear", "dynamic", "yarn", "yarn-exact-range", "yarn-no-original", "longrope-factor", "longrope-original"],
 )
 @pytest.mark.parametrize("outer_original", [None, 2048], ids=["", "outer-original"])
 def test_tables_of_scaled_models(tmp_path: Path, scaling: dict[str, Any], outer_original: int | None) -> None:

@@ -1,4 +1,4 @@
-"""A real engine as far as the socket can tell: it answers every request with the tokens of its prompt, over and over."""
+"""A real engine as far as the socket can tell: it answers with the tokens of the prompt, over and over."""
 
 import asyncio
 from array import array
@@ -47,8 +47,12 @@ class _Running:
 
 
 class EchoEngine:
-    """Echoes. `step_s` between steps; a prompt that begins with `stall_token` gets no token; one with `error_token` ends
-    in an error after two tokens; `fail_after_steps` makes the whole engine fail."""
+    """Echoes. A prompt that begins with `stall_token` gets no token; one with `error_token` ends in an error after two.
+
+    Args:
+        step_s: time between steps.
+        fail_after_steps: the whole engine fails after so many.
+    """
 
     stall_token = 7
     error_token = 9

@@ -1,5 +1,7 @@
 """What a rank remembers: tokens, pages, and which of a sequence's positions it holds."""
 
+from math import ceil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from leanserve.contracts.batch import NewSequence, Row
 from leanserve.contracts.errors import EngineError
 from leanserve.contracts.kv_sharding import PageGrant
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.distributed.ranks import Ranks
 from leanserve.worker.inputs import build_inputs
 from leanserve.worker.sequences import LiveSequences
 
@@ -59,6 +62,9 @@ def test_a_sequence_may_start_again_in_the_step_that_drops_it():
     assert live[1].pages[:1].tolist() == [6]
 
 
+CPU = torch.device("cpu")
+
+
 def test_a_step_is_laid_out_decode_rows_first():
     live = LiveSequences(0, T)
     live.apply(
@@ -66,11 +72,12 @@ def test_a_step_is_laid_out_decode_rows_first():
         [started(1, [10, 11, 12, 13, 14]), started(2, [20, 21, 22])],
         [PageGrant(1, 0, 0, 7), PageGrant(1, 1, 0, 3), PageGrant(2, 0, 0, 1)],
     )
-    inputs = build_inputs([Row(1, 4, 1, True), Row(2, 0, 2, False)], live, T, torch.device("cpu"))
+    inputs = build_inputs([Row(1, 4, 1, True), Row(2, 0, 2, False)], live, T, Ranks.single(CPU))
     assert inputs.tokens_N.tolist() == [14, 20, 21]
     assert inputs.prompt_lengths_N.tolist() == [5, 3, 3]
-    assert inputs.sampling_rows.tolist() == [0]
-    assert inputs.sampled_ids == [1]
+    assert inputs.sampled.sequence_ids == [1]
+    assert inputs.sampled.decode_rows.tolist() == [0]
+    assert inputs.sampled.prefill_owners == []
     layout = inputs.layout
     assert layout.positions_N.tolist() == [4, 0, 1]
     assert layout.pages_N.tolist() == [3, 1, 1]
@@ -79,16 +86,41 @@ def test_a_step_is_laid_out_decode_rows_first():
     assert layout.decode.page_positions_BM.tolist() == [[0, 4]]
     assert layout.decode.lengths_B.tolist() == [5]
     assert layout.prefill.lengths_B.tolist() == [2]
-    assert layout.prefill_offsets.tolist() == [0, 2]
+    assert layout.share is not None
+    assert layout.share.q_offsets.tolist() == [0, 2]
 
 
 def test_the_last_chunk_of_one_token_behind_a_prefill_stays_a_prefill_row():
     live = LiveSequences(0, T)
     live.apply([], [started(1, [1, 2]), started(2, [3])], [PageGrant(1, 0, 0, 0), PageGrant(2, 0, 0, 1)])
-    inputs = build_inputs([Row(1, 0, 2, True), Row(2, 0, 1, True)], live, T, torch.device("cpu"))
+    inputs = build_inputs([Row(1, 0, 2, True), Row(2, 0, 1, True)], live, T, Ranks.single(CPU))
     assert inputs.layout.decode.num_sequences == 0
-    assert inputs.layout.prefill_offsets.tolist() == [0, 2, 3]
-    assert inputs.sampling_rows.tolist() == [1, 2]
+    assert inputs.layout.share is not None
+    assert inputs.layout.share.q_offsets.tolist() == [0, 2, 3]
+    assert inputs.sampled.prefill_rows.tolist() == [1, 2]
+
+
+def test_each_rank_computes_the_tokens_of_its_own_pages_and_no_other():
+    """Two prompts dealt to three ranks: N ranks share the work to within a page, and together they do it once."""
+    prompts = {1: 23, 2: 9}
+    grants = [PageGrant(i, o, (o + i) % 3, 10 * i + o) for i, length in prompts.items() for o in range(-(-length // T))]
+    rows = [Row(1, 0, 23, True), Row(2, 0, 9, True)]
+    seen: list[tuple[int, int]] = []
+    for rank in range(3):
+        live = LiveSequences(rank, T)
+        live.apply([], [started(i, [100 * i + t for t in range(length)]) for i, length in prompts.items()], grants)
+        inputs = build_inputs(rows, live, T, Ranks(rank, 3, CPU, group=None, stages_through_host=False))
+        assert inputs.layout.share is not None
+        assert len(inputs.tokens_N) == inputs.layout.share.tokens_per_rank[rank]
+        assert len(inputs.tokens_N) <= sum(ceil(ceil(length / T) / 3) * T for length in prompts.values())
+        assert (inputs.layout.pages_N >= 0).all()
+        seen += zip(inputs.tokens_N.tolist(), inputs.layout.positions_N.tolist(), strict=True)
+        owned = [rank == owner for owner in inputs.sampled.prefill_owners]
+        lasts = [
+            inputs.tokens_N[row].item() for row, mine in zip(inputs.sampled.prefill_rows, owned, strict=True) if mine
+        ]
+        assert lasts == [last for last, mine in zip([122, 208], owned, strict=True) if mine]
+    assert sorted(seen) == [(100 * i + t, t) for i, length in prompts.items() for t in range(length)]
 
 
 def test_a_sequence_may_start_behind_pages_that_another_filled():
@@ -101,10 +133,11 @@ def test_a_sequence_may_start_behind_pages_that_another_filled():
         lent = [PageGrant(2, 0, 0, 5), PageGrant(2, 1, 1, 7)]
         live.apply([], [started(2, tokens)], [*lent, PageGrant(2, 2, 1, 8)])
         live.apply([1], [], [])
-        layouts.append(build_inputs(rows, live, T, torch.device("cpu")).layout)
+        ranks = Ranks(rank, 2, CPU, group=None, stages_through_host=False)
+        layouts.append(build_inputs(rows, live, T, ranks).layout)
     here, there = layouts
-    assert (here.pages_N.tolist(), there.pages_N.tolist()) == ([-1, -1], [8, 8])
-    assert here.positions_N.tolist() == there.positions_N.tolist() == [8, 9]
+    assert (here.pages_N.tolist(), there.pages_N.tolist()) == ([], [8, 8])
+    assert (here.positions_N.tolist(), there.positions_N.tolist()) == ([], [8, 9])
     assert (here.prefill.page_table_BM.tolist(), there.prefill.page_table_BM.tolist()) == ([[5]], [[7, 8]])
     assert (here.prefill.page_positions_BM.tolist(), there.prefill.page_positions_BM.tolist()) == ([[0]], [[4, 8]])
     assert (here.prefill.lengths_B.tolist(), there.prefill.lengths_B.tolist()) == ([4], [6])

@@ -1,0 +1,145 @@
+"""Time decode attention beside its peers: correctness gate, grid, JSON, plot, and a short table at the end.
+
+    python kernels/bench/bench_decode.py --out DIR [--quick]
+
+On a GPU the stream-K kernel runs beside itself with a fixed split, SDPA's flash backend, flex_decoding and FlashInfer
+(where they can run a case); every time is the median of CUDA-graph replays over inputs that outgrow the L2 cache. On a
+CPU the portable path runs beside SDPA. Bandwidth is what the case must read (every key and value once) over the time,
+beside a kernel that only reads. A wrong result is never timed; the exit status is then 1.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed
+
+import gate
+from caches import bytes_needed, copies_needed, make_caches
+from cases import Case, cpu_grid, cpu_quick_grid, full_grid, quick_grid
+from clock import median_us, read_gbps
+from contenders import CPU_CONTENDERS, GPU_CONTENDERS, Unsupported
+from report import BASELINES, Row, describe_run, format_table, plot, speedups, write_json
+
+READ_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+"""What the read-only kernel reads."""
+FLEX_CASES = 12
+"""flex_decoding compiles for each shape, for seconds: so many cases at most."""
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory for result.json and decode.png; made if missing"
+    )
+    parser.add_argument("--quick", action="store_true", help="the short grid: under three minutes on one GPU")
+    parser.add_argument(
+        "--device", choices=["auto", "cuda", "cpu"], default="auto", help="default: cuda if there is one"
+    )
+    parser.add_argument("--only", default="", help="run only the cases whose family or name contains this text")
+    parser.add_argument("--contenders", default="", help="comma-separated names; default: all that the device can run")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: PyTorch's choice")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(chosen if arguments.device == "auto" else arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if device.type == "cuda":
+        cases, contenders = quick_grid() if arguments.quick else full_grid(), GPU_CONTENDERS
+    else:
+        cases, contenders = cpu_quick_grid() if arguments.quick else cpu_grid(), CPU_CONTENDERS
+    if arguments.contenders:
+        names = [name.strip() for name in arguments.contenders.split(",")]
+        unknown = set(names) - set(contenders)
+        if unknown:
+            print(
+                f"unknown contenders {sorted(unknown)}; on {device.type} there are {list(contenders)}", file=sys.stderr
+            )
+            return 2
+        contenders = {name: contenders[name] for name in names}
+    cases = [case for case in cases if arguments.only in case.name or arguments.only == case.family]
+    if not cases:
+        print(f"no case matches --only {arguments.only!r}", file=sys.stderr)
+        return 2
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    settings = {"quick": arguments.quick, "only": arguments.only, "contenders": list(contenders)}
+    about = describe_run(device, settings)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        try:
+            about["gate_max_error"] = gate.check_against_reference(device)
+        except gate.GateError as wrong:
+            print(f"the gate is shut, nothing was timed: {wrong}", file=sys.stderr)
+            return 1
+        print(f"gate passed: max error {about['gate_max_error']:.2g} against float64", flush=True)
+        about["read_gbps"] = round(read_gbps(READ_BYTES[device.type], device), 1)
+        print(f"read-only kernel: {about['read_gbps']} GB/s over {READ_BYTES[device.type] >> 20} MB", flush=True)
+        rows = []
+        for case in cases:
+            rows += measure(case, contenders, device, about["read_gbps"], rows)
+    about["seconds"] = round(time.perf_counter() - started, 1)
+
+    write_json({"about": about, "rows": rows}, arguments.out / "result.json")
+    plot(rows, about, arguments.out / "decode.png")
+    print(f"wrote {arguments.out / 'result.json'} and {arguments.out / 'decode.png'}\n")
+    print(format_table(rows))
+    for baseline in BASELINES:
+        gains = list(speedups(rows, "lean", baseline).values())
+        if gains:
+            print(f"lean over {baseline}: {sum(gains) / len(gains):.2f}x on average, {min(gains):.2f}x at least")
+    wrong = [row for row in rows if row.get("wrong")]
+    for row in wrong:
+        print(f"WRONG RESULT, not timed: {row['contender']} on {row['case']}: {row['wrong']}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def measure(case: Case, contenders: dict[str, Any], device: torch.device, read: float, done: list[Row]) -> list[Row]:
+    """One row for each contender: a time, or why there is none."""
+    base: Row = {
+        "case": case.name, "family": case.family, "heads": list(case.heads), "dtype": case.dtype,
+        "page_tokens": case.page_tokens, "batch": len(case.lengths), "tokens": case.tokens, "kv_bytes": case.kv_bytes,
+    }  # fmt: skip
+    copies = copies_needed(case, device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if bytes_needed(case, copies) > 0.9 * free:
+            return [base | {"contender": "lean", "skipped": f"needs {bytes_needed(case, copies) / 1e9:.0f} GB"}]
+    caches = make_caches(case, device, copies, shuffled=device.type == "cuda")
+    expected = gate.expected_of(caches)
+    rows = []
+    for name, prepare in contenders.items():
+        row = base | {"contender": name}
+        compiled = sum(r["contender"] == "flex_decoding" and bool(r.get("us")) for r in done)
+        try:
+            if name == "flex_decoding" and compiled >= FLEX_CASES:
+                raise Unsupported(f"compiles for every shape; measured on {FLEX_CASES} only")
+            prepared = prepare(caches)
+            gate.check(prepared.steps[0](), expected, case.dtype, name)
+            us = median_us(prepared.steps, device)
+        except Unsupported as reason:
+            row["skipped"] = str(reason)
+        except gate.GateError as wrong:
+            row["wrong"] = str(wrong)
+        else:
+            gbps = case.kv_bytes / us / 1e3
+            row |= {"us": round(us, 2), "gbps": round(gbps, 2), "share_of_read": round(gbps / read, 4)}
+            row |= {"plan_us": prepared.plan_us and round(prepared.plan_us, 2), "detail": prepared.detail}
+            print(
+                f"{case.name:32} {case.dtype:9} {name:18} {us:10.1f} us {gbps:8.1f} GB/s {prepared.detail}", flush=True
+            )
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

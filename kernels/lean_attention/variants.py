@@ -1,0 +1,340 @@
+"""Every compiled variant of the kernels, in one list; compile them ahead of time, on any machine.
+
+    python -m lean_attention.variants                         every variant for every architecture, as a table
+    python -m lean_attention.variants --arch sm_90 --only decode
+    python -m lean_attention.variants --out kernels/variants.md
+
+Compiling needs Triton and no GPU. The table gives what the compiler made of each variant: registers per thread, bytes
+spilled to the stack, shared memory, and asynchronous copies (a pipelined kernel has them, a kernel whose loop the
+pipeliner gave up on has not). Its numbers are those of the binary, not of a run.
+"""
+
+import argparse
+import datetime
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lean_attention.append import append_constants, append_kernel
+from lean_attention.flash_prefill import prefill_constants, prefill_kernel
+from lean_attention.merge import merge_constants, merge_kernel
+from lean_attention.stream_k import decode_constants, decode_kernel
+from lean_attention.stream_k_plan import PAGES_AT_ONCE, SEQUENCES_AT_ONCE, deal_kernel, visible_kernel
+from lean_attention.tuning import (
+    ArchFamily,
+    decode_tuning,
+    dot_precision,
+    interpreting,
+    nvidia_family,
+    prefill_tuning,
+)
+
+__all__ = ["ARCHITECTURES", "Compiled", "Variant", "compile_all", "variants"]
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8e4nv": torch.float8_e4m3fn,
+}
+"""Triton's names."""
+
+CONTIGUOUS = 1 << 30
+"""The page size of caches with one page to a sequence."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One binary: a kernel, the types of its arguments, its constants and its launch options."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    """Types of the pointers and floats; other runtime arguments are i32."""
+    constants: dict[str, Any]
+    """Constexpr arguments, and optional ones that are None."""
+    num_warps: int
+    num_stages: int
+
+    def compile(self, architecture: str) -> Any:
+        """Triton's CompiledKernel for one of `ARCHITECTURES`. Specialised as a launch on aligned tensors is."""
+        if interpreting():
+            raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+        signature: dict[str, str] = {}
+        attributes: dict[tuple[int], list[list[Any]]] = {}
+        for index, name in enumerate(self.kernel.arg_names):
+            if name in self.constants:
+                signature[name] = "constexpr"
+                continue
+            signature[name] = self.types.get(name, "i32")
+            if name.endswith("_ptr") or "_stride_" in name:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, self.constants, attributes)
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return triton.compile(source, target=target_of(architecture), options=options)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a variant."""
+
+    variant: str
+    architecture: str
+    registers: int
+    stack_bytes: int
+    """Per thread; more than 0 means that registers were spilled."""
+    shared_bytes: int
+    async_copies: int
+    """Copy instructions from global to shared memory (16 bytes to a thread) in the text."""
+    seconds: float
+    error: str | None = None
+
+
+def target_of(architecture: str) -> GPUTarget:
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+def family_of(architecture: str) -> ArchFamily:
+    return nvidia_family(int(architecture[3:]) // 10) if architecture.startswith("sm_") else "cdna"
+
+
+def _softmax_types(q: str, kv: str, out: str) -> dict[str, str]:
+    pointers = {"q": q, "k": kv, "v": kv, "out": out}
+    pointers |= dict.fromkeys(("sinks", "k_scale", "v_scale", "lse", "scratch"), "fp32")
+    pointers |= dict.fromkeys(("table", "positions", "lengths", "q_positions", "q_offsets", "work"), "i32")
+    return {f"{name}_ptr": f"*{dtype}" for name, dtype in pointers.items()} | {"scale_log2": "fp32", "softcap": "fp32"}
+
+
+def _name(kernel: str, head_dim: int, group: int, q: str, kv: str, page: int, options: dict[str, bool]) -> str:
+    parts = [f"{kernel}-d{head_dim}-g{group}", q if q == kv else f"{q}x{kv}"]
+    parts.append("contiguous" if page == CONTIGUOUS else f"page{page}")
+    return "-".join([*parts, *(name for name, on in options.items() if on)])
+
+
+def _decode(
+    family: ArchFamily, head_dim: int, group: int, *, q: str = "bf16", kv: str = "bf16", out: str = "fp32",
+    page: int = 64, window: bool = False, sharded: bool = False, softcap: bool = False, sinks: bool = False,
+) -> Variant:  # fmt: skip
+    tuning = decode_tuning(head_dim, DTYPES[kv], family)
+    constants: dict[str, Any] = decode_constants(
+        head_dim, group, tile=tuning.tile, page_tokens=page, num_stages=tuning.num_stages, fan_in=tuning.fan_in,
+        precision=dot_precision(DTYPES[q], family),
+    )  # fmt: skip
+    used = {
+        "window": window,
+        "positions_ptr": window and sharded,
+        "q_positions_ptr": window and sharded,
+        "softcap": softcap,
+        "sinks_ptr": sinks,
+        "k_scale_ptr": kv == "fp8e4nv",
+        "v_scale_ptr": kv == "fp8e4nv",
+    }
+    constants |= {name: None for name, on in used.items() if not on}
+    options = {"window": window, "sharded": sharded, "softcap": softcap, "sinks": sinks}
+    name = _name("decode", head_dim, group, q, kv, page, options)
+    return Variant(name, decode_kernel, _softmax_types(q, kv, out), constants, tuning.num_warps, tuning.num_stages)
+
+
+def _prefill(
+    family: ArchFamily, head_dim: int, group: int, *, q: str = "bf16", kv: str = "bf16", page: int = 64,
+    window: bool = False, sharded: bool = False, softcap: bool = False, sinks: bool = False,
+) -> Variant:  # fmt: skip
+    tuning = prefill_tuning(head_dim, DTYPES[q], family)
+    constants: dict[str, Any] = prefill_constants(
+        head_dim, group, rows=tuning.rows, tile=tuning.tile, page_tokens=page, num_stages=tuning.num_stages,
+        precision=dot_precision(DTYPES[q], family),
+    )  # fmt: skip
+    used = {
+        "window": window,
+        "positions_ptr": sharded,
+        "softcap": softcap,
+        "sinks_ptr": sinks,
+        "k_scale_ptr": kv == "fp8e4nv",
+        "v_scale_ptr": kv == "fp8e4nv",
+    }
+    constants |= {name: None for name, on in used.items() if not on}
+    options = {"window": window, "sharded": sharded, "softcap": softcap, "sinks": sinks}
+    name = _name("prefill", head_dim, group, q, kv, page, options)
+    return Variant(name, prefill_kernel, _softmax_types(q, kv, "fp32"), constants, tuning.num_warps, tuning.num_stages)
+
+
+def _plans() -> Iterator[Variant]:
+    pointers = ("lengths", "q_positions", "visible", "work", "page_positions")
+    types = {f"{name}_ptr": "*i32" for name in pointers}
+    deal = {"BLOCK": SEQUENCES_AT_ONCE}
+    unused = {"q_positions_ptr": None, "visible_ptr": None}
+    yield Variant("plan", deal_kernel, types, deal | unused | {"window": None}, 4, 3)
+    yield Variant("plan-window", deal_kernel, types, deal | unused, 4, 3)
+    yield Variant("plan-window-sharded", deal_kernel, types, deal | {"q_positions_ptr": None, "window": None}, 4, 3)
+    yield Variant("visible-window-sharded", visible_kernel, types, {"BLOCK": PAGES_AT_ONCE}, 4, 3)
+
+
+def _merge(head_dim: int, dtype: str) -> Variant:
+    types = {"out_parts_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "lse_parts_ptr": "*fp32", "lse_ptr": "*fp32"}
+    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, merge_constants(head_dim), 1, 3)
+
+
+def _append(kv_heads: int, head_dim: int, new: str, kv: str) -> Variant:
+    types = {"k_new_ptr": f"*{new}", "v_new_ptr": f"*{new}", "k_ptr": f"*{kv}", "v_ptr": f"*{kv}"}
+    types |= {"k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "pages_ptr": "*i32", "slots_ptr": "*i32"}
+    constants: dict[str, Any] = append_constants(kv_heads, head_dim, DTYPES[kv])
+    if kv != "fp8e4nv":
+        constants |= {"k_scale_ptr": None, "v_scale_ptr": None}
+    return Variant(f"append-k{kv_heads}-d{head_dim}-{new}x{kv}", append_kernel, types, constants, 4, 3)
+
+
+def variants(architecture: str = "sm_90") -> list[Variant]:
+    """The default list: what the models and the benchmarks of this project run. At most 40."""
+    family = family_of(architecture)
+    fp8 = architecture not in ("sm_80", "gfx942")  # e4m3 as torch.float8_e4m3fn begins with sm_89 and gfx950
+    found = [
+        *(_decode(family, 64, group) for group in (1, 4, 8)),
+        *(_decode(family, 128, group) for group in (1, 4, 5, 7, 8, 16)),
+        *(_decode(family, head_dim, 4) for head_dim in (80, 96, 192)),
+        *(_decode(family, 256, group) for group in (2, 8)),
+        *(_decode(family, head_dim, 8, page=16) for head_dim in (64, 128)),
+        _decode(family, 128, 4, page=128),
+        _decode(family, 128, 32, page=CONTIGUOUS),
+        _decode(family, 128, 4, q="fp16", kv="fp16"),
+        *(_decode(family, head_dim, 4, q="fp32", kv="fp32") for head_dim in (64, 128)),
+        _decode(family, 64, 8, sinks=True),
+        _decode(family, 64, 8, window=True, sharded=True, sinks=True),
+        _decode(family, 64, 8, window=True, sharded=True, page=16),
+        _decode(family, 128, 4, window=True),
+        _decode(family, 256, 2, window=True, sharded=True, softcap=True),
+        _prefill(family, 64, 8, page=16, sharded=True),
+        _prefill(family, 128, 4),
+        _prefill(family, 128, 8, sharded=True),
+        _prefill(family, 128, 4, q="fp32", kv="fp32", sharded=True),
+        _prefill(family, 256, 2, window=True, sharded=True, softcap=True),
+        *_plans(),
+        _merge(128, "fp32"),
+        _append(8, 128, "bf16", "bf16"),
+    ]
+    if fp8:
+        found += [_decode(family, 128, 8, kv="fp8e4nv"), _prefill(family, 128, 4, kv="fp8e4nv")]
+        found += [_append(8, 128, "bf16", "fp8e4nv")]
+    return found
+
+
+def _compile_one(name: str, architecture: str) -> Compiled:
+    """In a worker process: compile one variant into a cache of its own, so that it is compiled and not found."""
+    variant = next(v for v in variants(architecture) if v.name == name)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        try:
+            kernel = variant.compile(architecture)
+        except Exception as error:  # whatever a compiler pass raises is the row's result
+            text = f"{type(error).__name__}: {error}"
+            return Compiled(name, architecture, 0, 0, 0, 0, time.monotonic() - began, text)
+        registers, stack_bytes = _read_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else _read_amdgcn(kernel.asm)
+    copies = len(re.findall(r"cp\.async\.c[ga]\.shared", kernel.asm.get("ptx", "")))
+    seconds = time.monotonic() - began
+    return Compiled(name, architecture, registers, stack_bytes, kernel.metadata.shared, copies, seconds)
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack and local bytes) of a cubin's kernel, by the cuobjdump that Triton ships."""
+    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int]:
+    """(vector registers, bytes of spilled ones) of an AMD kernel, from its metadata."""
+    count = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", asm["amdgcn"])}
+    return count["vgpr_count"], 4 * count["vgpr_spill_count"]
+
+
+def compile_all(architectures: Iterable[str], *, only: str = "", jobs: int | None = None) -> Iterator[Compiled]:
+    """Compile the variants whose names hold `only` for each architecture in `jobs` processes; results in order."""
+    work = [(v.name, arch) for arch in architectures for v in variants(arch) if only in v.name]
+    # Spawned and not forked: LLVM's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:
+        yield from pool.map(_compile_one, *zip(*work, strict=True), chunksize=1) if work else ()
+
+
+def _table(results: list[Compiled]) -> str:
+    lines = [
+        "| variant | architecture | registers | spilled bytes | shared bytes | async copies | compile s |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in results:
+        if r.error is not None:
+            lines.append(f"| {r.variant} | {r.architecture} | failed: {r.error.splitlines()[0][:80]} | | | | |")
+            continue
+        lines.append(
+            f"| {r.variant} | {r.architecture} | {r.registers} | {r.stack_bytes} | {r.shared_bytes} | "
+            f"{r.async_copies} | {r.seconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lean_attention.variants",
+        description="Compile every variant of the LeanAttention kernels ahead of time and print what the compiler made "
+        "of it. Needs no GPU. Exits with 1 if a variant does not compile.",
+    )
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="architecture; repeat for several (all)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name holds TEXT, as decode-d128")
+    parser.add_argument("--jobs", type=int, metavar="N", help="compiler processes (one per core)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table here, as Markdown")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    options = parser.parse_args(arguments)
+    architectures = options.arch or ARCHITECTURES
+    if options.list:
+        for architecture in architectures:
+            for variant in variants(architecture):
+                print(f"{architecture}  {variant.name}")
+        return 0
+    total = sum(options.only in v.name for arch in architectures for v in variants(arch))
+    results: list[Compiled] = []
+    for result in compile_all(architectures, only=options.only, jobs=options.jobs):
+        results.append(result)
+        progress = f"[{len(results)}/{total}] {result.architecture} {result.variant} {result.seconds:.1f} s"
+        print(progress, file=sys.stderr)
+    failed = [r for r in results if r.error is not None]
+    spilled = [r for r in results if r.stack_bytes]
+    table = _table(results)
+    print(table)
+    print(f"\n{len(results)} variants, {len(failed)} failed, {len(spilled)} spill")
+    for r in failed:
+        print(f"{r.architecture} {r.variant}: {r.error}", file=sys.stderr)
+    if options.out is not None:
+        date = datetime.datetime.now(datetime.UTC).date()
+        options.out.write_text(
+            f"# Compiled variants\n\nTriton {triton.__version__}, {date}, by `python -m lean_attention.variants`. Read "
+            f"from the binaries; nothing here was run.\n\n{table}\n"
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+"""`leanserve bench ...`: what this machine does, every figure beside a peer's and beside the machine's own limit.
+
+commands            the command line; imports nothing heavy
+engine              the grid of `bench engine`, measured cell by cell, every system in turn
+  task                what is measured, what comes back, and when a measurement is long enough
+  system              a system under measurement: its processes, asked for one task at a time
+  leanserve_ranks       ours, on any number of ranks
+  transformers_peer     transformers' generate
+  random_model        the checkpoint that all of them load
+  machine             where it ran, and how fast its memory can be read
+report              figures, ratios and the target; JSON and the table
+plot                the same as a picture
+results/            committed reports
+"""

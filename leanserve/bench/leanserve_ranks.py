@@ -1,0 +1,140 @@
+"""LeanServe under measurement: one process per rank, the real engine on rank 0, the step channel to the others.
+
+Decode is measured on caches that were filled with random numbers: what a step costs does not depend on them, and to
+compute them over the whole grid would take hours on a CPU. All else is what a server runs, but for HTTP.
+"""
+
+import os
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+import zmq
+
+from leanserve.bench.noise import fill_with_noise, random_prompts
+from leanserve.bench.system import tasks_from
+from leanserve.bench.task import MAX_STEPS, StepClock, Task, Timing, repeated
+from leanserve.contracts.batch import Batch, Row, StepResult, Stop
+from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
+from leanserve.contracts.messages import Submit
+from leanserve.contracts.sampling import SamplingParams
+from leanserve.distributed.channel import StepReceiver, StepSender
+from leanserve.engine.engine import Engine
+from leanserve.engine.scheduler import Scheduler
+from leanserve.launch.loading import LoadedRank, Place, load_rank
+from leanserve.launch.rank import follow, make_engine
+from leanserve.model.architecture import read_architecture
+
+__all__ = ["engine_on_filled_cache", "run_rank"]
+
+PAGE_TOKENS = 64
+WARM_UP_TOKENS = 16
+
+
+def run_rank(rank: int, connection: Connection, size: int, threads: int, model_dir: Path, folder: Path) -> None:
+    """One rank's process: does every task, loading the model anew with a pool for just that task.
+
+    Args:
+        threads: of this rank.
+        folder: shared by the ranks; where they meet.
+    """
+    torch.set_num_threads(threads)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    place = Place(rank=rank, size=size, local_rank=rank, local_size=size, agent_pid=os.getppid())
+    for number, task in enumerate(tasks_from(connection)):
+        config = _config(task, size, model_dir)
+        run_dir = folder / str(number)
+        run_dir.mkdir(exist_ok=True)
+        store = dist.FileStore(str(run_dir / "store"), size)  # pyright: ignore[reportPrivateImportUsage]
+        loaded = load_rank(place, store, config, lambda done, total: None)
+        if task.quantity == "decode":
+            fill_with_noise(loaded.shard.pool_L2PKTD)
+        with zmq.Context() as context:
+            if rank > 0:
+                follow(loaded, StepReceiver(context, run_dir, rank))
+            else:
+                sender = StepSender(context, run_dir, size)
+                measure = _decode if task.quantity == "decode" else _first_token
+                timing = measure(loaded, config, sender, task)
+                sender.send(Stop())
+                sender.close()
+                connection.send_bytes(msgspec.json.encode(timing))
+        loaded.ranks.leave()
+        del loaded  # before the next pool is made
+
+
+def _config(task: Task, size: int, model_dir: Path) -> EngineConfig:
+    """Pools that just hold the task. Steps as long as a server's or, to decode, one that admits the whole batch."""
+    cell = task.cell
+    dtype_bytes = getattr(torch, cell.dtype).itemsize
+    page_bytes = read_architecture(model_dir).kv_bytes_per_token(dtype_bytes) * PAGE_TOKENS
+    pages_per_sequence = -(-(cell.context_tokens + MAX_STEPS + 2) // PAGE_TOKENS)
+    pages_per_rank = cell.batch * -(-pages_per_sequence // size)
+    return EngineConfig(
+        model_dir=str(model_dir),
+        dtype=cell.dtype,
+        device="cpu",
+        cache=CacheOptions(page_tokens=PAGE_TOKENS, kv_memory_bytes=pages_per_rank * page_bytes),
+        batch=BatchOptions(max_batch_tokens=cell.batch * cell.context_tokens)
+        if task.quantity == "decode"
+        else BatchOptions(),
+    )
+
+
+def _submit(engine: Engine, prompts: torch.Tensor, max_tokens: int) -> None:
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    for index, prompt in enumerate(prompts):
+        engine.submit(Submit(str(index), prompt.numpy().tobytes(), sampling))
+
+
+def _first_token(loaded: LoadedRank, config: EngineConfig, sender: StepSender, task: Task) -> Timing:
+    cell = task.cell
+    engine = make_engine(loaded, config, sender)
+    seed = 0
+
+    def run(tokens: int = cell.context_tokens) -> float:
+        nonlocal seed
+        seed += 1
+        prompts = random_prompts(cell.batch, tokens, loaded.info.vocab_size, seed=seed)
+        started = time.perf_counter()
+        _submit(engine, prompts, max_tokens=1)
+        waited_s: list[float] = []
+        while engine.has_work:
+            outputs = engine.step()
+            waited_s += [time.perf_counter() - started] * len(outputs)
+        return sum(waited_s) / len(waited_s)
+
+    run(WARM_UP_TOKENS)
+    return repeated(run)
+
+
+def _decode(loaded: LoadedRank, config: EngineConfig, sender: StepSender, task: Task) -> Timing:
+    cell = task.cell
+    engine = engine_on_filled_cache(loaded, config, sender)
+    prompts = random_prompts(cell.batch, cell.context_tokens, loaded.info.vocab_size, seed=0)
+    _submit(engine, prompts, max_tokens=MAX_STEPS + 1)
+    clock = StepClock()
+    enough = False
+    while not enough:
+        engine.step()
+        enough = clock.tick()
+    return clock.timing()
+
+
+def engine_on_filled_cache(loaded: LoadedRank, config: EngineConfig, sender: StepSender) -> Engine:
+    """An engine that takes whatever lies in a prompt's pages for its keys and values.
+
+    Of the prompt itself only the last token is computed, everything after it as ever.
+    """
+
+    def execute(batch: Batch) -> StepResult:
+        rows = [Row(row.sequence_id, row.start + row.count - 1, 1, row.samples) for row in batch.rows]
+        sent = msgspec.structs.replace(batch, rows=rows)
+        sender.send(sent)
+        return loaded.runner.execute(sent)
+
+    return Engine(Scheduler(loaded.sharding, config.batch, loaded.info.max_context_tokens), execute, ())

@@ -1,0 +1,137 @@
+"""What the reader of one or more requests sees: outputs in order, one end each, never more unread than allowed."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedError
+from leanserve.contracts.messages import TokenOutput
+from leanserve.contracts.sampling import SamplingParams
+
+__all__ = ["OutputStream"]
+
+
+class OutputStream:
+    """The outputs of one or more requests, in the order they come: `EngineClient.open_stream` makes it.
+
+        stream = client.open_stream()
+        stream.submit("r1", token_bytes(prompt), sampling)
+        try:
+            while not stream.finished:
+                output = await stream.next()
+        finally:
+            stream.abort()
+
+    Every request ends here exactly once: with an output whose finish_reason is "stop" or "length", by `abort`, or,
+    all of them together, by one exception out of `next`.
+    """
+
+    def __init__(
+        self,
+        submit: Callable[["OutputStream", str, bytes, SamplingParams], None],
+        abort: Callable[[str], None],
+        max_queued_tokens: int,
+    ) -> None:
+        self._submit_to_engine = submit
+        self._abort_at_engine = abort
+        self._max_queued_tokens = max_queued_tokens
+        self._queue: deque[TokenOutput] = deque()
+        self._queued_tokens = 0
+        self._live: set[str] = set()
+        self._error: LeanServeError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to read."""
+        return not self._queue and not self._live and self._error is None
+
+    def submit(self, request_id: str, prompt_token_ids: bytes, sampling: SamplingParams) -> None:
+        """Hand a request to the engine.
+
+        Raises:
+            OverloadedError: the engine is still loading.
+            EngineError: the engine failed or is gone.
+        """
+        self._submit_to_engine(self, request_id, prompt_token_ids, sampling)
+        self._live.add(request_id)
+
+    async def next(self, timeout_s: float | None = None) -> TokenOutput | None:
+        """The next output, or None after `timeout_s` of silence. Call only while not `finished`.
+
+        Raises:
+            EngineError: the engine failed, or could not finish one of the requests; all of them have ended.
+            OverloadedError: outputs were read too slowly; all requests have ended.
+        """
+        if not self._queue and self._error is None:
+            await self._wait(timeout_s)
+        if self._queue:
+            output = self._queue.popleft()
+            self._queued_tokens -= len(output.token_ids)
+            return output
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return None
+
+    def abort(self, request_id: str | None = None) -> None:
+        """Stop one request, or all; harmless for those that have ended. Outputs not read yet are dropped."""
+        ending = self._live & {request_id} if request_id is not None else self._live
+        for ended in ending:
+            self._abort_at_engine(ended)
+        if request_id is None:
+            self._live.clear()
+            self._queue.clear()
+            self._error = None
+        else:
+            self._live.discard(request_id)
+            self._queue = deque(output for output in self._queue if output.request_id != request_id)
+        self._queued_tokens = sum(len(output.token_ids) for output in self._queue)
+
+    def put(self, output: TokenOutput) -> None:
+        """The engine's side: an output of one of the live requests."""
+        if output.finish_reason is not None:
+            self._live.discard(output.request_id)
+        if output.finish_reason in ("error", "abort"):
+            self.fail(EngineError(output.error or "the engine gave up on the request"))
+            return
+        self._queue.append(output)
+        self._queued_tokens += len(output.token_ids)
+        if self._queued_tokens > self._max_queued_tokens and self._live:
+            self.fail(
+                OverloadedError(
+                    f"{self._queued_tokens} tokens wait to be read; the request was stopped, at most "
+                    f"{self._max_queued_tokens} may wait"
+                ),
+                drop_queue=True,
+            )
+            return
+        self._wake()
+
+    def fail(self, error: LeanServeError, *, drop_queue: bool = False) -> None:
+        """The engine's side: end all requests; the reader gets what is queued, if it is not dropped, then `error`."""
+        if self._error is not None:
+            return
+        for request_id in self._live:
+            self._abort_at_engine(request_id)
+        self._live.clear()
+        if drop_queue:
+            self._queue.clear()
+            self._queued_tokens = 0
+        self._error = error
+        self._wake()
+
+    async def _wait(self, timeout_s: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        waiter = self._waiter = loop.create_future()
+        timer = None if timeout_s is None else loop.call_later(timeout_s, self._wake)
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,83 @@
+"""Every shipped kernel variant compiles ahead of time, without a GPU, and keeps its registers."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from lean_attention import variants as variants_module
+from lean_attention.flash_prefill import prefill_kernel
+from lean_attention.merge import merge_kernel
+from lean_attention.stream_k import decode_kernel
+from lean_attention.stream_k_plan import deal_kernel
+from lean_attention.variants import ARCHITECTURES, compile_all, main, variants
+
+TABLE = Path(__file__).parents[2] / "kernels" / "variants.md"
+
+
+@pytest.mark.timeout(900)
+def test_the_default_list_compiles_for_hopper_without_spills():
+    results = list(compile_all(["sm_90"]))
+    assert len(results) == len(variants("sm_90")) <= 40
+    assert {r.variant: r.error for r in results if r.error} == {}
+    served_often = [r for r in results if re.search(r"-d(64|128)-", r.variant)]
+    assert {r.variant: r.stack_bytes for r in served_often if r.stack_bytes} == {}
+    # A loop that the pipeliner gave up on copies nothing ahead of its use.
+    attention = [r for r in results if r.variant.startswith(("decode", "prefill"))]
+    assert {r.variant: r.async_copies for r in attention if r.async_copies < 8} == {}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_committed_table_lists_every_variant(architecture):
+    names = [v.name for v in variants(architecture)]
+    assert len(set(names)) == len(names)
+    rows = re.findall(rf"^\| (\S+) \| {architecture} \|", TABLE.read_text(), flags=re.MULTILINE)
+    assert rows == names
+
+
+def test_a_variant_that_fails_is_named_and_fails_the_command(monkeypatch, capsys, tmp_path):
+    failed = variants_module.Compiled("decode-x", "sm_90", 0, 0, 0, 0, 0.1, "CompilationError: no such thing")
+    monkeypatch.setattr(variants_module, "compile_all", lambda *_args, **_options: iter([failed]))
+    assert main(["--arch", "sm_90", "--out", str(tmp_path / "table.md")]) == 1
+    printed = capsys.readouterr()
+    assert "decode-x: CompilationError: no such thing" in printed.err
+    assert "1 failed" in printed.out
+    assert "| decode-x | sm_90 | failed: CompilationError" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "step", "other"),
+    [
+        (
+            decode_kernel,
+            {"batch": 1, "num_ctas": 132, "table_width": 16, "table_stride": 16, "window": 1, "positions_stride": 1},
+            {"batch": 16, "num_ctas": 1, "table_width": 1, "table_stride": 7, "window": 128, "positions_stride": 16},
+        ),
+        (prefill_kernel, {"batch": 1, "table_width": 16, "window": 1}, {"batch": 16, "table_width": 1, "window": 512}),
+        (deal_kernel, {"batch": 1, "num_ctas": 16, "search_steps": 1}, {"batch": 16, "num_ctas": 1, "search_steps": 5}),
+        (merge_kernel, {"states": 1, "heads": 16}, {"states": 8, "heads": 1}),
+    ],
+)
+def test_nothing_that_changes_between_steps_is_specialised_on(kernel, step, other):
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+
+    def binary(**runtime: int) -> str:
+        arguments: dict[str, object] = {}
+        for parameter in kernel.params:
+            name = parameter.name
+            default: object = torch.zeros(4) if name.endswith("_ptr") else 64
+            arguments[name] = runtime.get(name, 1.5 if name in ("scale_log2", "softcap") else default)
+        return str(bind(**arguments)[1])
+
+    assert binary(**step) == binary(**other)
+    assert binary(**step) != binary(**step, **{"HEAD_DIM" if "HEAD_DIM" in kernel.arg_names else "BLOCK": 32})

@@ -1,0 +1,101 @@
+"""The whole front end on a real port, with an EchoEngine behind it, inside the test's event loop."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from leanserve.server.app import create_app
+from leanserve.server.engine_client import EngineClient
+from leanserve.server.http_server import bind_socket, serve_http
+from leanserve.server.serving import Serving
+from leanserve.server.settings import ServerSettings
+from leanserve.server.tokenizer import Tokenizer
+from server.echo_engine import EchoEngine
+
+
+@dataclass
+class Live:
+    engine: EchoEngine
+    client: EngineClient
+    serving: Serving
+    http: httpx.AsyncClient
+    port: int
+    stop: asyncio.Event
+    served: "asyncio.Task[None]"
+
+    async def complete(self, **body: Any) -> httpx.Response:
+        return await self.http.post("/v1/completions", json=body)
+
+    async def chunks(self, **body: Any) -> list[dict[str, Any]]:
+        """A stream's data, without [DONE], which is checked to be there."""
+        response = await self.http.post("/v1/completions", json={"stream": True, **body})
+        assert response.status_code == 200, response.text
+        return parse_events(response.text)
+
+    async def quiet(self) -> None:
+        """Wait until nothing is live on either side."""
+        async with asyncio.timeout(10):
+            while self.client.live_requests or self.engine.running:
+                await asyncio.sleep(0.005)
+        await asyncio.sleep(0.03)
+
+
+def parse_events(text: str) -> list[dict[str, Any]]:
+    frames = [frame for frame in text.split("\n\n") if frame and not frame.startswith(":")]
+    assert all(frame.startswith("data: ") for frame in frames), frames
+    assert frames[-1] == "data: [DONE]", frames[-1]
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-1]]
+
+
+@contextlib.asynccontextmanager
+async def connected(max_queued_tokens: int = 1024, **engine: Any) -> AsyncIterator[tuple[EngineClient, EchoEngine]]:
+    """A client and an engine that has not said it is ready."""
+    directory = tempfile.mkdtemp(prefix="ls-")  # short: ipc addresses end at about 100 characters
+    address = f"ipc://{directory}/engine"
+    client = EngineClient(address, max_queued_tokens=max_queued_tokens)
+    client.start()
+    echo = EchoEngine(address, **engine)
+    try:
+        yield client, echo
+    finally:
+        await echo.close()
+        await client.close()
+        shutil.rmtree(directory)
+
+
+@contextlib.asynccontextmanager
+async def live_server(
+    tokenizer: Tokenizer | None = None,
+    *,
+    ready: bool = True,
+    max_queued_tokens: int = 1024,
+    grace_s: float = 1.0,
+    settings: dict[str, Any] | None = None,
+    **engine: Any,
+) -> AsyncIterator[Live]:
+    async with connected(max_queued_tokens, **engine) as (client, echo):
+        app = create_app(client, tokenizer, ServerSettings(**{"model_names": ("echo", "org/echo"), **(settings or {})}))
+        listener = bind_socket("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+        stop = asyncio.Event()
+        served = asyncio.create_task(serve_http(app, listener, stop=stop, grace_s=grace_s))
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, limits=limits) as http:
+            if ready:
+                await echo.ready()
+                await client.wait_ready()
+            yield Live(echo, client, app.state.serving, http, port, stop, served)
+        stop.set()
+        await served
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    """Run a scenario; it fails after a minute instead of hanging."""
+    asyncio.run(asyncio.wait_for(scenario, 60))

@@ -1,0 +1,258 @@
+"""Requests over the socket: each ends exactly once, whatever happens to it or to the engine."""
+
+import asyncio
+from array import array
+
+import pytest
+
+from leanserve.contracts.errors import EngineError, OverloadedError
+from leanserve.contracts.messages import TokenOutput
+from leanserve.contracts.sampling import SamplingParams
+from leanserve.server.engine_client import EngineClient, token_bytes
+from server.front_end import connected, run
+
+ENDLESS = SamplingParams(max_tokens=1_000_000)
+
+
+async def outputs_of(client: EngineClient, prompt: list[int], max_tokens: int) -> list[TokenOutput]:
+    return [output async for output in client.generate(prompt, SamplingParams(max_tokens=max_tokens))]
+
+
+def test_tokens_come_in_order_and_end_once() -> None:
+    async def scenario() -> None:
+        async with connected() as (client, engine):
+            await engine.ready()
+            info = await client.wait_ready()
+            assert (client.state, info) == ("ready", engine.info)
+            outputs = await outputs_of(client, [5, 6, 11], 7)
+            assert [t for output in outputs for t in output.token_ids] == [5, 6, 11, 5, 6, 11, 5]
+            assert [output.finish_reason for output in outputs] == [None] * 6 + ["length"]
+            assert array("i", engine.submits[0].prompt_token_ids).tolist() == [5, 6, 11]
+            assert (client.live_requests, client.silent_s, engine.aborts) == (0, 0.0, {})
+            assert client.load.step == engine.steps
+            assert client.load.pages_used_per_rank == (0,)
+
+    run(scenario())
+
+
+def test_leaving_early_aborts_exactly_once() -> None:
+    async def scenario() -> None:
+        async with connected(step_s=0.002) as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            outputs = client.generate([5], ENDLESS, request_id="left")
+            async for output in outputs:
+                assert output.token_ids == [5]
+                break
+            assert client.live_requests == 1
+            await outputs.aclose()  # type: ignore[attr-defined]
+            await outputs.aclose()  # type: ignore[attr-defined]
+            task = asyncio.create_task(outputs_of(client, [engine.stall_token], 5))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await asyncio.sleep(0.05)
+            assert sorted(engine.aborts.values()) == [1, 1]
+            assert engine.aborts["left"] == 1
+            assert (client.live_requests, engine.running) == (0, {})
+
+    run(scenario())
+
+
+def test_a_request_that_ended_is_not_aborted() -> None:
+    async def scenario() -> None:
+        async with connected() as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            stream = client.open_stream()
+            stream.submit("r", token_bytes([5]), SamplingParams(max_tokens=1))
+            await asyncio.sleep(0.1)  # the end has come, and nobody has read it
+            stream.abort()
+            await asyncio.sleep(0.05)
+            assert stream.finished
+            assert engine.aborts == {}
+
+    run(scenario())
+
+
+def test_several_requests_share_a_stream() -> None:
+    async def scenario() -> None:
+        async with connected() as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            stream = client.open_stream()
+            stream.submit("a", token_bytes([5]), SamplingParams(max_tokens=3))
+            stream.submit("b", token_bytes([6]), SamplingParams(max_tokens=5))
+            stream.submit("c", token_bytes([6]), ENDLESS)
+            got: dict[str, int] = {"a": 0, "b": 0, "c": 0}
+            while not stream.finished:
+                output = await stream.next()
+                assert output is not None
+                got[output.request_id] += len(output.token_ids)
+                if got["c"] == 4:
+                    stream.abort("c")
+            assert (got["a"], got["b"]) == (3, 5)
+            await asyncio.sleep(0.05)
+            assert engine.aborts == {"c": 1}
+
+    run(scenario())
+
+
+def test_silence_is_told_apart_from_an_end() -> None:
+    async def scenario() -> None:
+        async with connected() as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            stream = client.open_stream()
+            stream.submit("r", token_bytes([engine.stall_token]), ENDLESS)
+            assert await stream.next(0.02) is None
+            assert not stream.finished
+            stream.abort()
+            assert stream.finished
+
+    run(scenario())
+
+
+def test_before_it_is_ready_and_after_it_failed() -> None:
+    async def scenario() -> None:
+        async with connected() as (client, engine):
+            with pytest.raises(OverloadedError, match="loading"):
+                await outputs_of(client, [5], 1)
+            await engine.load()
+            await asyncio.sleep(0.05)
+            with pytest.raises(OverloadedError, match="weights, 1 of 2"):
+                await outputs_of(client, [5], 1)
+            waiting = asyncio.create_task(client.wait_ready())
+            await engine.fail("out of memory\nTraceback: secret")
+            with pytest.raises(EngineError, match="out of memory"):
+                await waiting
+            with pytest.raises(EngineError, match="out of memory") as caught:
+                await outputs_of(client, [5], 1)
+            assert "secret" not in str(caught.value)
+
+    run(scenario())
+
+
+def test_a_failing_engine_ends_each_request_once() -> None:
+    async def scenario() -> None:
+        async with connected(fail_after_steps=3, step_s=0.01) as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            ended: list[str] = []
+
+            async def consume(name: str) -> None:
+                try:
+                    async for _ in client.generate([5], ENDLESS, request_id=name):
+                        pass
+                except EngineError:
+                    ended.append(name)
+
+            await asyncio.gather(*(consume(f"r{i}") for i in range(20)))
+            assert sorted(ended) == sorted(f"r{i}" for i in range(20))
+            assert (client.state, client.live_requests) == ("failed", 0)
+            client.fail("said again")
+            assert client.failure == "it was told to"
+
+    run(scenario())
+
+
+def test_an_engine_that_vanishes_is_noticed_and_another_takes_over() -> None:
+    async def scenario() -> None:
+        from server.echo_engine import EchoEngine
+
+        async with connected(step_s=0.005) as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            request = asyncio.create_task(outputs_of(client, [5], 1_000_000))
+            await asyncio.sleep(0.05)
+            await engine.close()
+            with pytest.raises(EngineError, match="connection closed"):
+                await request
+            assert client.state == "failed"
+            another = EchoEngine(client.address)
+            try:
+                await another.load()
+                await another.ready()
+                async with asyncio.timeout(5):
+                    while client.state != "ready":
+                        await asyncio.sleep(0.01)
+                await client.wait_ready()
+                assert len(await outputs_of(client, [5, 6], 4)) == 4
+            finally:
+                await another.close()
+
+    run(scenario())
+
+
+def test_an_error_of_one_request_leaves_the_others() -> None:
+    async def scenario() -> None:
+        async with connected() as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            bad = asyncio.create_task(outputs_of(client, [engine.error_token], 9))
+            good = asyncio.create_task(outputs_of(client, [5], 9))
+            with pytest.raises(EngineError, match="odd case"):
+                await bad
+            assert len(await good) == 9
+            assert client.state == "ready"
+
+    run(scenario())
+
+
+def test_a_slow_reader_is_bounded() -> None:
+    async def scenario() -> None:
+        async with connected(max_queued_tokens=50) as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            stream = client.open_stream()
+            stream.submit("slow", token_bytes([5]), ENDLESS)
+            async with asyncio.timeout(5):
+                while not engine.aborts:
+                    await asyncio.sleep(0.01)
+            with pytest.raises(OverloadedError, match="at most 50"):  # unread tokens are dropped
+                await stream.next()
+            assert stream.finished
+            assert engine.aborts == {"slow": 1}
+
+    run(scenario())
+
+
+def test_a_message_that_cannot_be_read_is_a_failure_and_not_a_hang() -> None:
+    async def scenario() -> None:
+        async with connected() as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            await engine.send_raw(b"\xc1nonsense")
+            async with asyncio.timeout(5):
+                while client.state != "failed":
+                    await asyncio.sleep(0.01)
+
+    run(scenario())
+
+
+def test_what_another_engine_would_need_is_kept() -> None:
+    async def scenario() -> None:
+        async with connected(step_s=0.005) as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            stream = client.open_stream()
+            stream.submit("r", token_bytes([5, 6]), ENDLESS)
+            received = [token for _ in range(5) if (output := await stream.next()) for token in output.token_ids]
+            kept = client._live["r"]
+            assert kept.prompt_token_ids == token_bytes([5, 6])
+            assert kept.output_token_ids[:5].tolist() == received
+            stream.abort()
+
+    run(scenario())
+
+
+def test_shutdown_reaches_the_engine_even_when_the_client_closes_at_once() -> None:
+    async def scenario() -> None:
+        async with connected() as (client, engine):
+            await engine.ready()
+            await client.wait_ready()
+            client.shut_down_engine()
+            await client.close()
+            await asyncio.sleep(0.1)
+            assert engine.shutdowns == 1
+
+    run(scenario())
