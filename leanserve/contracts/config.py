@@ -25,8 +25,8 @@ class CacheOptions:
     max_context_tokens: int | None = None
     """Longest prompt + completion. None: the model's own limit, or what fits over all ranks if that is less."""
     prefix_cache: bool = True
-    """Requests that begin alike share pages, where the model's keys depend on nothing but the tokens before them (dynamic
-    and longrope position embeddings depend on the prompt's length: those are served without)."""
+    """Requests that begin alike share pages, where the model's keys depend on nothing but the tokens before them.
+    (Dynamic and longrope position embeddings depend on the prompt's length too: such models are served without.)"""
 
     def __post_init__(self) -> None:
         if self.page_tokens not in (16, 32, 64, 128, 256):

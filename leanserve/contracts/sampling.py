@@ -83,9 +83,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise refuse("stop", f"it must be at most {MAX_STOP_STRINGS} non-empty strings")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS or any(not is_int(t) or t < 0 for t in self.stop_token_ids):
             raise refuse("stop_token_ids", f"it must be at most {MAX_STOP_TOKEN_IDS} token ids, none negative")
-        if self.cache_salt is not None and (
-            not isinstance(self.cache_salt, str) or not 1 <= len(self.cache_salt) <= MAX_CACHE_SALT_CHARS
-        ):
+        salt: object = self.cache_salt
+        if salt is not None and (not isinstance(salt, str) or not 1 <= len(salt) <= MAX_CACHE_SALT_CHARS):
             raise refuse("cache_salt", f"it must be a string of 1 to {MAX_CACHE_SALT_CHARS} characters")
 
     @property

@@ -1,4 +1,4 @@
-"""Which rank, and which page there, holds the next tokens of a sequence. Knows pages and their names only; no tokens."""
+"""Which rank, and which page there, holds the next tokens of a sequence. Knows pages and their names; no tokens."""
 
 from leanserve.contracts.kv_sharding import KvSharding, PageGrant
 from leanserve.engine.page_pool import PagePool, PageRun

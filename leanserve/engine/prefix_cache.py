@@ -1,9 +1,9 @@
 """Which full pages can be used again: pages by name, who holds them, and which to forget first. Knows no sequence.
 
 A page's name is a hash of its tokens and of the name of the page before it, so it stands for everything from the first
-token on, and for the position. Keys and values of a position depend on nothing else (models for which they do are served
-without this cache). Only full pages have names, and a full page is never written again: so no page is written that two
-sequences hold.
+token on, and for the position. Keys and values depend on nothing else (models for which they do are served without this
+cache). Only full pages have names, and a full page is never written again: so no page is written that two sequences
+hold. (The partly filled last page of a prefix is computed again by everybody; it could be copied on the first write.)
 """
 
 from array import array
@@ -31,7 +31,10 @@ class PageNamer:
         return root.digest()
 
     def names(self, parent: bytes, token_ids: bytes, page_bytes: int) -> list[bytes]:
-        """Names of the pages of `token_ids` (int32 bytes; `page_bytes` of them a page) that follow the page `parent`."""
+        """Names of the pages of `token_ids` (int32 bytes, `page_bytes` of them a page) that follow the page `parent`.
+
+        Source: BLAKE2 (RFC 7693), keyed; a name has 128 bits.
+        """
         names: list[bytes] = []
         view = memoryview(token_ids)
         for start in range(0, len(token_ids), page_bytes):
@@ -46,9 +49,9 @@ class PageNamer:
 class PrefixCache:
     """Pages of all ranks, each known by one number: page * num_ranks + rank. Operations cost O(1) a page.
 
-    A page is *held* by sequences; without a holder it is *idle* if it has a name, and else of no use any more. Each rank
-    forgets the page first that has been idle longest. Pages of a released sequence must come in from its last to its
-    first, so that the end of a prefix goes before its beginning.
+    A page is *held* by sequences; without a holder it is *idle* if it has a name, and else of no use any more. Each
+    rank forgets the page first that has been idle longest. Pages of a released sequence must come in from its last to
+    its first, so that the end of a prefix goes before its beginning.
     """
 
     def __init__(self, num_ranks: int, most_pages_of_a_rank: int) -> None:

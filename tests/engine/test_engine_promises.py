@@ -1,5 +1,5 @@
-"""Random lives: arrivals, forks of earlier texts, lengths, aborts, and pools so small that pages are preempted and cached
-ones forgotten. `CheckedRun` checks them."""
+"""Random lives: arrivals, forks of earlier texts, lengths, aborts, and pools so small that sequences are preempted and
+cached pages forgotten. `CheckedRun` checks them."""
 
 import random
 

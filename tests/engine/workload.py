@@ -56,9 +56,7 @@ class CheckedRun:
 
     def __post_init__(self) -> None:
         self.executor = ToyModelExecutor(self.sharding)
-        self.scheduler = Scheduler(
-            self.sharding, self.options, self.max_context_tokens, prefix_cache=self.prefix_cache
-        )
+        self.scheduler = Scheduler(self.sharding, self.options, self.max_context_tokens, prefix_cache=self.prefix_cache)
         self.engine = Engine(self.scheduler, self._execute, [EOS_TOKEN_ID])
         self.starts: Counter[int] = Counter()
         """How often each sequence was started; sequence ids count accepted requests from 1."""
