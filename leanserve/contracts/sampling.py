@@ -60,6 +60,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         def is_int(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
 
+        def is_text(value: object, max_chars: int | None = None) -> bool:
+            return isinstance(value, str) and 1 <= len(value) and (max_chars is None or len(value) <= max_chars)
+
         def is_finite(value: object) -> bool:
             try:
                 return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -78,13 +81,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise refuse("min_p", "it must be from 0 to 1")
         if self.seed is not None and (not is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
             raise refuse("seed", "it must be an integer that fits in 64 bits")
-        stop: tuple[object, ...] = self.stop
-        if len(stop) > MAX_STOP_STRINGS or any(not isinstance(s, str) or not s for s in stop):
+        if len(self.stop) > MAX_STOP_STRINGS or not all(is_text(s) for s in self.stop):
             raise refuse("stop", f"it must be at most {MAX_STOP_STRINGS} non-empty strings")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS or any(not is_int(t) or t < 0 for t in self.stop_token_ids):
             raise refuse("stop_token_ids", f"it must be at most {MAX_STOP_TOKEN_IDS} token ids, none negative")
-        salt: object = self.cache_salt
-        if salt is not None and (not isinstance(salt, str) or not 1 <= len(salt) <= MAX_CACHE_SALT_CHARS):
+        if self.cache_salt is not None and not is_text(self.cache_salt, MAX_CACHE_SALT_CHARS):
             raise refuse("cache_salt", f"it must be a string of 1 to {MAX_CACHE_SALT_CHARS} characters")
 
     @property

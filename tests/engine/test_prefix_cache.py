@@ -136,8 +136,8 @@ def test_a_preempted_sequence_takes_up_what_it_had() -> None:
 
 
 def test_one_prefix_lets_its_users_fill_every_rank() -> None:
-    """200 users of 40 shared pages with two pages each on 8 ranks: if owners followed the prefix, most of the pool would
-    stay idle."""
+    """200 users of 40 shared pages with two pages each on 8 ranks: were owners to follow the prefix, most of the pool
+    would stay idle."""
     sharding = KvSharding(page_tokens=T, pages_per_rank=(50,) * 8)
     run = CheckedRun(sharding, BatchOptions(max_batch_tokens=4096, max_sequences=256))
     prefix = toy_submit(1000, 40 * T, 1)
