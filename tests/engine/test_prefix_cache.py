@@ -168,6 +168,23 @@ def test_a_private_suffix_starts_on_the_least_loaded_rank() -> None:
         assert [grant.ordinal for grant in grants] == list(range(4 + len(ranks)))
 
 
+@pytest.mark.parametrize("last", ["who filled it", "who shares it"])
+def test_the_end_of_a_prefix_is_forgotten_first_whoever_held_it_last(last: str) -> None:
+    pages = PageAllocator(KvSharding(page_tokens=T, pages_per_rank=(6,)))
+    names = [bytes([ordinal]) for ordinal in range(4)]
+    filler, sharer = SequencePages(1), SequencePages(2)
+    pages.grow(filler, 4, expected_pages=4)
+    for ordinal, name in enumerate(names):
+        pages.publish(filler, ordinal, name)
+    prefix = list(filler.numbers)
+    pages.share(sharer, pages.find(names))
+    for sequence in (sharer, filler) if last == "who filled it" else (filler, sharer):
+        pages.release(sequence)
+    assert pages.find(names) == prefix
+    pages.grow(SequencePages(3), 4, expected_pages=4)
+    assert pages.find(names) == prefix[:2]
+
+
 def test_of_two_pages_with_one_content_an_idle_one_gives_way_to_one_in_use() -> None:
     pages = PageAllocator(KvSharding(page_tokens=T, pages_per_rank=(9,)))
     older, newer = SequencePages(1), SequencePages(2)
