@@ -5,7 +5,7 @@ Shapes: B sequences, H query heads, K KV heads, D head dim.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -146,6 +146,7 @@ def lean_decode(
     return AttentionState(out, lse)
 
 
+# The plan's scratch memory is written, but a launch leaves nothing there that another one reads: it is no result.
 @torch.library.custom_op("lean_attention::decode", mutates_args=())
 def _decode(
     q: Tensor,
@@ -197,12 +198,10 @@ def _flatten(plan: "StreamKPlan") -> tuple[list[Tensor], list[int]]:
 def _unflatten(plan_type: "type[StreamKPlan]", tensors: list[Tensor], numbers: list[int]) -> "StreamKPlan":
     """The inverse of `_flatten`: a field is a tensor where its annotation says so."""
     rest_tensors, rest_numbers = iter(tensors), iter(numbers)
-    return plan_type(
-        **{
-            field.name: next(rest_tensors if "Tensor" in str(field.type) else rest_numbers)
-            for field in dataclasses.fields(plan_type)
-        }
-    )
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(plan_type):
+        fields[field.name] = next(rest_tensors if "Tensor" in str(field.type) else rest_numbers)
+    return plan_type(**fields)
 
 
 def check_window(operator: str, window: int | None) -> None:

@@ -5,9 +5,10 @@ CTAs in contiguous runs of equal length (the first `total % active` get one more
 written at once. Of a row that several CTAs share, each leaves one piece in scratch memory, and whoever arrives last
 merges them.
 
-    line      | row 0          | row 1    | row 2               |
-    CTA       |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |  8 |
-    slots          1  2    4+5 6+7      10 12    ...
+    row      | 0       | 1   | 2           |
+    tiles    | . . . . | . . | . . . . . . |
+    CTA        0 0 0 1   1 1   2 2 3 3 4 4
+    slot       1     2   -     5   6   8
 
 A CTA leaves at most two pieces: of the row it starts in the middle of (slot 2c), and of the row it does not finish
 (slot 2c + 1). So a row's pieces are found without a list: the first lies in its CTA's odd slot, the others in even

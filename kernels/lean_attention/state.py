@@ -94,7 +94,8 @@ def merge_in_torch(out_NBHD: Tensor, lse_NBH: Tensor) -> AttentionState:
 def _merge_on_triton(out_NBHD: Tensor, lse_NBH: Tensor) -> tuple[Tensor, Tensor]:
     from lean_attention.merge import merge_states as merge_on_triton
 
-    return tuple(merge_on_triton(out_NBHD, lse_NBH))
+    out, lse = merge_on_triton(out_NBHD, lse_NBH)
+    return out, lse
 
 
 @_merge_on_triton.register_fake

@@ -189,7 +189,7 @@ def _plans() -> Iterator[Variant]:
 
 def _merge(head_dim: int, dtype: str) -> Variant:
     types = {"out_parts_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "lse_parts_ptr": "*fp32", "lse_ptr": "*fp32"}
-    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, merge_constants(head_dim), 1, 3)
+    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, merge_constants(head_dim), 4, 3)
 
 
 def _append(kv_heads: int, head_dim: int, new: str, kv: str) -> Variant:
@@ -318,8 +318,8 @@ def main(arguments: list[str] | None = None) -> int:
     results: list[Compiled] = []
     for result in compile_all(architectures, only=options.only, jobs=options.jobs):
         results.append(result)
-        progress = f"[{len(results)}/{total}] {result.architecture} {result.variant} {result.seconds:.1f} s"
-        print(progress, file=sys.stderr)
+        outcome = f"{result.seconds:.1f} s" if result.error is None else "failed"
+        print(f"[{len(results)}/{total}] {result.architecture} {result.variant} {outcome}", file=sys.stderr, flush=True)
     failed = [r for r in results if r.error is not None]
     spilled = [r for r in results if r.stack_bytes]
     table = _table(results)

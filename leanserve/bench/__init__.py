@@ -10,5 +10,4 @@ engine              the grid of `bench engine`, measured cell by cell, every sys
   machine             where it ran, and how fast its memory can be read
 report              figures, ratios and the target; JSON and the table
 plot                the same as a picture
-results/            committed reports
 """

@@ -90,3 +90,5 @@ def engine(
     if out is not None:
         write_report(report, out)
     print_report(report, Console())
+    if report.ended_early is not None:
+        raise typer.Exit(1)

@@ -18,6 +18,7 @@ from leanserve.bench.system import System
 from leanserve.bench.task import Cell, DTypeName, Quantity, Task, Timing
 from leanserve.bench.transformers_peer import ATTENTION, run_transformers
 from leanserve.contracts.config import BatchOptions
+from leanserve.contracts.errors import EngineError
 from leanserve.launch.threads import available_cores
 from leanserve.model.architecture import Architecture
 from leanserve.worker.memory import available_host_bytes
@@ -48,8 +49,7 @@ class Grid:
 def run_engine_bench(grid: Grid, console: Console) -> EngineReport:
     """Measure every cell, drawing progress on `console`.
 
-    Raises:
-        EngineError: a measured system ended; what was measured before is lost.
+    Where a measured system fails, or Ctrl-C is pressed, the report holds what was measured until then and says so.
     """
     machine = describe_machine()
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
@@ -75,10 +75,16 @@ def run_engine_bench(grid: Grid, console: Console) -> EngineReport:
         columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         bar = stack.enter_context(Progress(*columns, console=console, transient=True))
         row = bar.add_task("", total=len(tasks))
-        for cell, task, system in tasks:
-            bar.update(row, description=f"{_describe(task)}: {system.name}")
-            _note(cell.systems[system.name], task, system.measure(task))
-            bar.advance(row)
+        ended_early = None
+        try:
+            for cell, task, system in tasks:
+                bar.update(row, description=f"{_describe(task)}: {system.name}")
+                _note(cell.systems[system.name], task, system.measure(task))
+                bar.advance(row)
+        except KeyboardInterrupt:
+            ended_early = "stopped by Ctrl-C"
+        except EngineError as error:
+            ended_early = str(error)
     return EngineReport(
         benchmark="engine",
         machine=machine,
@@ -92,6 +98,7 @@ def run_engine_bench(grid: Grid, console: Console) -> EngineReport:
             load_average_after=load_average(),
         ),
         model=grid.model,
+        ended_early=ended_early,
         caveats=_caveats(machine, threads),
         cells=cells,
     )

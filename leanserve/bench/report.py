@@ -85,6 +85,8 @@ class EngineReport(msgspec.Struct, kw_only=True):
     machine: Machine
     settings: Settings
     model: ModelShape
+    ended_early: str | None
+    """Why figures at the end of the grid are missing; None: none are."""
     caveats: list[str]
     """What a reader must know before trusting the figures."""
     cells: list[CellReport]
@@ -148,6 +150,8 @@ def print_report(report: EngineReport, console: Console) -> None:
     console.print("In brackets: times as fast as transformers. limit: weights and KV read once at full bandwidth.\n")
     console.print(first_token)
     reasons = {f"{quantity}: {why}" for cell in report.cells for quantity, why in cell.not_measured.items()}
+    if report.ended_early is not None:
+        console.print(f"[red]Ended early:[/] {report.ended_early}", highlight=False)
     for caveat in report.caveats:
         console.print(f"[yellow]Note:[/] {caveat}", highlight=False)
     for reason in sorted(reasons):

@@ -4,6 +4,8 @@ Systems take turns at every cell, so that a machine that grows busy or warm is s
 on its pipe and takes no processor time.
 """
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -14,6 +16,7 @@ import msgspec
 
 from leanserve.bench.task import Task, Timing
 from leanserve.contracts.errors import EngineError
+from leanserve.launch.lifeline import when_gone
 
 __all__ = ["System", "tasks_from"]
 
@@ -86,7 +89,12 @@ class System:
 
 
 def tasks_from(connection: Connection) -> Iterator[Task]:
-    """The tasks, until the other side closes the pipe."""
+    """The tasks, until the other side closes the pipe. Ctrl-C is the other side's to handle.
+
+    A process whose parent is gone ends at once, in the middle of a task too.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    when_gone(os.getppid(), lambda: os._exit(1))
     while True:
         try:
             yield msgspec.json.decode(connection.recv_bytes(), type=Task)

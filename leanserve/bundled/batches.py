@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from leanserve.bundled.corpus import STYLES, Fact, Writer
+from leanserve.bundled.grammar import STYLES, Fact, Writer
 
 __all__ = ["Batch", "Batches", "Level"]
 

@@ -21,7 +21,8 @@ from rich.progress import track
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from leanserve.bundled.corpus import STYLES, Haystack, Writer, corpus_words, make_haystack
+from leanserve.bundled.corpus import Haystack, make_haystack
+from leanserve.bundled.grammar import STYLES, Writer, corpus_words
 from leanserve.bundled.network import KVCache, Network, load
 
 __all__ = ["DEPTHS", "Asked", "Prompted", "accuracy_by_depth", "ask", "broken_words", "held_out_perplexity", "sample"]

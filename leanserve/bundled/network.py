@@ -151,6 +151,8 @@ class Body(nn.Module):
 
 
 class Network(nn.Module):
+    """SmolLM3ForCausalLM without the serving: a forward pass to train, and to measure with a KV cache."""
+
     inv_freq: Tensor
 
     def __init__(self, shape: Shape) -> None:
@@ -185,7 +187,7 @@ class Network(nn.Module):
     def _initialise(self) -> None:
         """Random weights among which retrieval has its first, rough circuit; all of it is trained on.
 
-        From plain random weights the first right answers come tens of minutes later on a CPU. So:
+        From plain random weights retrieval comes many minutes later on a CPU. So:
 
         - Each head of a rope layer attends to one distance: its own number, from 1. (All embeddings share a direction,
           which V does not see; queries and keys read it into a phase of the fast rotations.) The tokens that it brings
@@ -201,8 +203,9 @@ class Network(nn.Module):
                 outward = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(weight, std=width**-0.5 * (0.1 if outward else 1))
         shared_W = F.normalize(torch.randn(width), dim=0)
-        embedding_size = 0.1 * width**0.5
-        nn.init.normal_(self.model.embed_tokens.weight, std=0.1).add_(embedding_size * shared_W)
+        std = 0.1
+        embedding_size = std * width**0.5
+        nn.init.normal_(self.model.embed_tokens.weight, std=std).add_(embedding_size * shared_W)
         # Half of a normalised embedding's square lies along the shared direction.
         reader_W = shared_W / (width / 2) ** 0.5
         # As long as the embedding itself, whose normalised values have the size of one in every dimension.
@@ -222,7 +225,7 @@ class Network(nn.Module):
                     q[head] += torch.outer(torch.cat((phase.cos(), phase.sin())) * self._sharpness(), reader_W)
                 k[:, : D // 2] += torch.outer(self._sharpness()[: D // 2], reader_W)
                 move_on_WW = blocks_WW[:, D:] @ blocks_WW[:, :-D].T
-                present_WW = brought_size / 0.14 * blocks_WW[:, :D] @ v[0]
+                present_WW = brought_size / (std * 2**0.5) * blocks_WW[:, :D] @ v[0]
             else:
                 q[::group] = 1.5 * k @ (present_WW + move_on_WW)
                 k *= 1.5

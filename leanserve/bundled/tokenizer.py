@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from leanserve.bundled import bundled_model_dir
-from leanserve.bundled.corpus import STYLES, Writer
+from leanserve.bundled.grammar import STYLES, Writer
 
 __all__ = ["BEGIN", "END", "PAD", "train_tokenizer", "write_tokenizer"]
 

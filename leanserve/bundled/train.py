@@ -32,13 +32,18 @@ __all__ = ["STAGES", "Stage", "Trainer", "loss_of"]
 
 @dataclass(frozen=True)
 class Stage:
+    """A part of the training that ends with a checkpoint."""
+
     name: str
+    """Of the checkpoint's directory."""
     minutes: float
-    """Training time on 2 CPU cores; the share of it that is over decides when the learning rate falls."""
+    """Training time; validation and saving count."""
     learning_rate: float
+    """Before it falls."""
     levels: tuple[Level, ...]
+    """Climbed in turn; the last one lasts to the end."""
     sharpen: float = 1.0
-    """Factor on the queries of rope layers as the stage begins: attention that is sharp enough for a short document leaks
+    """Factor on the queries of rope layers as the stage begins: attention sharp enough for a short document leaks
     in a long one, and training on short ones asks for no more."""
 
 
@@ -69,8 +74,6 @@ STAGES = (
 PROMOTION = 0.92
 """Share of right answer tokens, averaged over recent steps, at which a level is left."""
 WARM_UP_STEPS = 50
-MUON_FACTOR = 1.0
-"""Muon's learning rate over AdamW's."""
 DECAY_FROM = 0.6
 """Share of a stage's time after which the learning rate falls linearly to zero."""
 VALIDATE_EVERY_S = 120
@@ -119,9 +122,9 @@ class Trainer:
 
     def train_step(self, level: Level, learning_rate: float) -> float:
         """One optimizer step; returns the loss."""
-        for optimizer, factor in zip(self.optimizers, (MUON_FACTOR, 1.0), strict=True):
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = factor * learning_rate
+                group["lr"] = learning_rate
         batch = self.batches.batch(level, self.step, self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
             loss, right = loss_of(self.network, batch)

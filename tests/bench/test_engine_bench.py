@@ -15,9 +15,11 @@ import zmq
 from leanserve.bench.leanserve_ranks import engine_on_filled_cache
 from leanserve.bench.noise import random_prompts
 from leanserve.bench.random_model import TINY, make_checkpoint
-from leanserve.bench.task import MIN_STEPS, StepClock, repeated
-from leanserve.bench.transformers_peer import generate, load
+from leanserve.bench.system import System
+from leanserve.bench.task import MIN_STEPS, Cell, StepClock, Task, repeated
+from leanserve.bench.transformers_peer import generate, load, run_transformers
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
+from leanserve.contracts.errors import EngineError
 from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepSender
@@ -112,6 +114,7 @@ def test_the_command_writes_what_it_promises(tmp_path):
     assert report["settings"]["read_bytes_per_s"] > 1e8
     assert report["model"]["num_hidden_layers"] == TINY.num_hidden_layers
     assert all(isinstance(caveat, str) for caveat in report["caveats"])
+    assert report["ended_early"] is None
     assert report["targets"] == []  # the promise is about 16k tokens
     [cell] = report["cells"]
     assert cell["cell"] == {"dtype": "float32", "context_tokens": 64, "batch": 1}
@@ -129,6 +132,14 @@ def test_the_command_writes_what_it_promises(tmp_path):
     assert cell["decode_speedup"] == {"leanserve 1 rank": pytest.approx(speedup, abs=0.001)}
     speedup = theirs["first_token_s"] / ours["first_token_s"]
     assert cell["first_token_speedup"] == {"leanserve 1 rank": pytest.approx(speedup, abs=0.001)}
+
+
+def test_a_system_that_fails_is_named(tmp_path):
+    """There is no model to load: the error says who failed, at what, and how."""
+    task = Task(Cell("float32", 64, 1), "decode")
+    failure = pytest.raises(EngineError, match=r"transformers ended while it measured decode .* exit codes 1 ")
+    with System("transformers", 1, run_transformers, 1, tmp_path) as peer, failure:
+        peer.measure(task)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The corpus: the same text for the same seed, facts that can be told apart, prompts of the exact length."""
 
-import random
 import re
 import subprocess
 import sys
@@ -9,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from leanserve.bundled import bundled_model_dir
-from leanserve.bundled.corpus import RELATIONS, STYLES, Fact, Writer, corpus_words, make_haystack, make_prompt
+from leanserve.bundled.corpus import make_haystack, make_prompt
+from leanserve.bundled.grammar import Fact, corpus_words
 
 TOKENIZER = Tokenizer.from_file(str(bundled_model_dir() / "tokenizer.json"))
 # Half of the longest sentence: a fact stands between two sentences.
@@ -96,29 +96,6 @@ def test_the_corpus_imports_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": ":".join(sys.path)}, check=True)
 
 
-@pytest.mark.parametrize("relation", RELATIONS)
-def test_a_distractor_differs_from_its_fact_in_one_thing_and_an_update_in_the_value_only(relation: str) -> None:
-    writer = Writer(random.Random(3), "log")
-    fact = next(fact for fact in iter(writer.fact, None) if fact.relation == relation)
-    update = writer.update(fact)
-    assert update.key == fact.key
-    assert update.value != fact.value
-    for _ in range(20):
-        distractor = writer.distractor(fact)
-        assert distractor.key != fact.key
-        differing = [ours != theirs for ours, theirs in zip(distractor.key, fact.key, strict=True)]
-        assert sum(differing) == 1
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_filler_never_speaks_of_what_facts_speak_of(style: str) -> None:
-    writer = Writer(random.Random(4), style)
-    told = {word for relation in RELATIONS.values() if relation.heads[0] == "brass" for word in relation.tails}
-    words = {word.strip(".,").lower() for _ in range(3000) for word in writer.filler().split()}
-    assert len(words) > 150
-    assert not words & told
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -139,8 +116,3 @@ def test_the_least_length_that_the_error_names_is_enough() -> None:
         make_prompt(40)
     least = int(str(refused.value).rsplit(" ", 1)[1])
     assert len(TOKENIZER.encode(make_prompt(least).text).ids) == least
-
-
-def test_an_unknown_style_is_refused() -> None:
-    with pytest.raises(ValueError, match="style is 'novel'; allowed are log, inventory, diary"):
-        Writer(random.Random(1), "novel")
