@@ -38,6 +38,14 @@ def test_pages_go_to_the_ranks_in_turn_and_the_first_to_the_least_loaded() -> No
     assert pages.used_per_rank == (3, 3, 2)
 
 
+def test_a_sequence_keeps_its_turn_whatever_the_load() -> None:
+    pages = allocator(9, 9, 9)
+    sequences = [SequencePages(number) for number in range(4)]
+    assert [ranks(pages.grow(sequence, 1, expected_pages=2)) for sequence in sequences] == [[0], [1], [2], [0]]
+    pages.release(sequences[2])
+    assert ranks(pages.grow(sequences[0], 1, expected_pages=2)) == [1], "rank 2 has less to read"
+
+
 def test_a_rank_without_free_pages_is_passed_over_and_every_page_is_used() -> None:
     pages = allocator(1, 4, 0, 2)
     sequence = SequencePages(1)
