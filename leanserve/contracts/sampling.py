@@ -61,7 +61,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             return isinstance(value, int) and not isinstance(value, bool)
 
         def is_text(value: object, max_chars: int | None = None) -> bool:
-            return isinstance(value, str) and 1 <= len(value) and (max_chars is None or len(value) <= max_chars)
+            return isinstance(value, str) and len(value) >= 1 and (max_chars is None or len(value) <= max_chars)
 
         def is_finite(value: object) -> bool:
             try:
