@@ -91,10 +91,26 @@ KvMemory = Annotated[
         metavar="SIZE|auto", help="KV memory per rank, such as 512MiB. auto: from what is free.", rich_help_panel=MEMORY
     ),
 ]
+PrefixCache = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-cache/--no-prefix-cache",
+        help="Requests that begin alike share pages, as do the turns of a chat.",
+        rich_help_panel=MEMORY,
+    ),
+]
 MaxBatchTokens = Annotated[
     int, typer.Option(help="Tokens computed in one step, decode and prefill together.", rich_help_panel=MEMORY)
 ]
 MaxSequences = Annotated[int, typer.Option(help="Sequences that run at once.", rich_help_panel=MEMORY)]
+LongPrefillTokens = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="Longer prompts give way to shorter ones. auto: half of --max-batch-tokens.",
+        rich_help_panel=MEMORY,
+    ),
+]
 
 
 def _count_or_auto(name: str, text: str) -> int | None:
@@ -124,8 +140,10 @@ def serve(
     page_tokens: PageTokens = 64,
     max_context_tokens: MaxContext = "auto",
     kv_memory: KvMemory = "auto",
+    prefix_cache: PrefixCache = True,
     max_batch_tokens: MaxBatchTokens = 2048,
     max_sequences: MaxSequences = 256,
+    long_prefill_tokens: LongPrefillTokens = "auto",
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API.
 
@@ -151,8 +169,10 @@ def serve(
             page_tokens=page_tokens,
             kv_memory=None if kv_memory == "auto" else kv_memory,
             max_context_tokens=_count_or_auto("--max-context-tokens", max_context_tokens),
+            prefix_cache=prefix_cache,
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
+            long_prefill_tokens=_count_or_auto("--long-prefill-tokens", long_prefill_tokens),
         ),
     )
     sys.exit(serve_until_stopped(options))

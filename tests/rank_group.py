@@ -34,6 +34,7 @@ class Case:
     pages_per_rank: int = 400
     page_tokens: int = 16
     max_batch_tokens: int = 256
+    prefix_cache: bool = True
     attention: str = "auto"
     broken_page: tuple[int, int] | None = None
     """(rank, page) that is overwritten once every prompt has given a token: the outputs must change."""
@@ -49,6 +50,7 @@ class Case:
             cache=CacheOptions(
                 page_tokens=self.page_tokens,
                 kv_memory_bytes=self.pages_per_rank * self.page_tokens * token_bytes_of_kv,
+                prefix_cache=self.prefix_cache,
             ),
             batch=BatchOptions(max_batch_tokens=self.max_batch_tokens),
         )
@@ -64,6 +66,8 @@ class Answer:
     preemptions: int
     pages_left: int
     """Pages in use when every request had ended."""
+    cached_tokens: list[int]
+    """By prompt: tokens that were in the prefix cache."""
     rows_logits: list[list[list[float]]] = field(default_factory=list)
     """With keep_logits: each step's logits [M, V] of rank 0."""
 
@@ -132,6 +136,7 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
     engine = make_engine(loaded, config, sender)
     token_ids: list[list[int]] = [[] for _ in case.prompts]
     reasons = [""] * len(case.prompts)
+    cached_tokens = [0] * len(case.prompts)
     pages_left = preemptions = 0
 
     def drain() -> None:
@@ -140,6 +145,7 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
             report = engine.report(engine.step())
             for output in report.outputs:
                 token_ids[int(output.request_id)] += output.token_ids
+                cached_tokens[int(output.request_id)] += output.cached_tokens
                 if output.finish_reason is not None:
                     assert reasons[int(output.request_id)] == "", "a request ended twice"
                     reasons[int(output.request_id)] = output.finish_reason
@@ -150,7 +156,7 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
         if not case.at_once:
             drain()
     drain()
-    return Answer(token_ids, reasons, preemptions, pages_left, kept)
+    return Answer(token_ids, reasons, preemptions, pages_left, cached_tokens, kept)
 
 
 def _break_page(loaded: LoadedRank, case: Case) -> None:

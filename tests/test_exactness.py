@@ -1,5 +1,7 @@
 """The gate: greedy tokens equal to transformers' for every rank count, family, length, batch and page pool."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,6 +60,90 @@ def test_greedy_tokens_equal_transformers(model_dirs, num_ranks):
         assert answer.finish_reasons == ["length"] * len(case.prompts), name
         assert answer.pages_left == 0, name
     assert answers[-1].preemptions > 0
+
+
+def chats(model_dir, *, system_tokens: int, turns: int) -> list[list[int]]:
+    """The prompts of two conversations in turn behind one system prompt: each holds all that was said before."""
+    system, *sayings = random_prompts([system_tokens] + [11, 29] * turns, seed=8)
+    said = [system, system]
+    prompts = []
+    for number, saying in enumerate(sayings):
+        said[number % 2] = said[number % 2] + saying
+        prompts.append(said[number % 2])
+        (answer,) = hf_greedy(model_dir, [said[number % 2]], NEW_TOKENS)
+        said[number % 2] = said[number % 2] + answer
+    return prompts
+
+
+def cached_cases_of(model_dirs) -> dict[str, tuple[Case, list[int]]]:
+    """Cases with what each prompt must find in the cache."""
+    prompts = chats(model_dirs["qwen3"], system_tokens=50, turns=4)
+    # The first to speak finds nothing, the second the system prompt, both later all but the newest token of their past.
+    known = [0, 50] + [len(prompt) + NEW_TOKENS - 1 for prompt in prompts[:-2]]
+    chat = Case(model_dirs["qwen3"], prompts, GREEDY, at_once=False, page_tokens=PAGE)
+    one, other = random_prompts([4 * PAGE, 100], seed=9)
+    repeated = Case(model_dirs["llama"], [one, other, one, other, one[:40]], GREEDY, at_once=False, page_tokens=PAGE)
+    window = Case(model_dirs["mistral"], [other, other[:90], other], GREEDY, at_once=False, page_tokens=PAGE)
+    return {
+        "two conversations": (chat, [tokens // PAGE * PAGE for tokens in known]),
+        # A prompt of whole pages computes its last page again, for the token that the next one is sampled from.
+        "repeated": (repeated, [0, 0, 3 * PAGE, 96, 32]),
+        "repeated, a window": (window, [0, 80, 96]),
+        "switched off": (replace(repeated, prefix_cache=False), [0] * 5),
+    }
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_greedy_tokens_with_a_prefix_cache_equal_transformers(model_dirs, num_ranks):
+    cases = cached_cases_of(model_dirs)
+    # Three long texts in turn on pages for little more than one: what one needs, another loses.
+    texts = random_prompts([150, 170, 160], seed=10)
+    evicting = Case(
+        model_dirs["smollm3"],
+        [texts[i] for i in (0, 0, 1, 0, 2, 1, 1, 2, 0)],
+        GREEDY,
+        at_once=False,
+        page_tokens=PAGE,
+        pages_per_rank=-(-18 // num_ranks),
+    )
+    # All at once, on a pool that some must leave again: who comes back finds its own pages and those of others.
+    head = random_prompts([70], seed=11)[0]
+    crowded = Case(
+        model_dirs["qwen2"],
+        [head + tail for tail in random_prompts([9, 40, 1, 25, 60, 33, 17, 5], seed=12)],
+        SamplingParams(temperature=0, max_tokens=40),
+        page_tokens=PAGE,
+        pages_per_rank=-(-21 // num_ranks),
+    )
+    answers = run_cases(num_ranks, [case for case, _ in cases.values()] + [evicting, crowded])
+    for (name, (case, cached_tokens)), answer in zip(cases.items(), answers, strict=False):
+        assert answer.token_ids == hf_greedy(case.model_dir, case.prompts, NEW_TOKENS), name
+        assert answer.cached_tokens == cached_tokens, name
+        assert answer.pages_left == 0, name
+    for case, answer in ((evicting, answers[-2]), (crowded, answers[-1])):
+        assert answer.token_ids == hf_greedy(case.model_dir, case.prompts, case.sampling.max_tokens)
+        assert sum(answer.cached_tokens) > 0
+        assert answer.pages_left == 0
+    assert answers[-2].cached_tokens[1] == 9 * PAGE, "at once again: all of it"
+    assert answers[-2].cached_tokens[-1] < 9 * PAGE, "after two others: some of it was forgotten"
+    assert answers[-1].preemptions > 0
+
+
+def test_rope_that_depends_on_the_prompts_length_is_served_without_the_cache(tmp_path_factory):
+    """A page of a short prompt is rotated otherwise than the same tokens in a long one."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0, 1.1, 1.2, 1.4, 1.5, 1.7, 2.0, 2.2],
+        "long_factor": [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0],
+    }
+    model_dir = checkpoint(tmp_path_factory, "llama", rope=rope)
+    (text,) = random_prompts([100], seed=13)
+    case = Case(model_dir, [text[:50], text, text], GREEDY, at_once=False, page_tokens=PAGE)
+    (answer,) = run_cases(1, [case])
+    assert answer.token_ids == hf_greedy(model_dir, case.prompts, NEW_TOKENS)
+    assert answer.cached_tokens == [0, 0, 0]
 
 
 def test_a_window_of_9_is_neither_8_nor_10(tmp_path_factory):

@@ -24,6 +24,9 @@ class CacheOptions:
     most a quarter of free memory."""
     max_context_tokens: int | None = None
     """Longest prompt + completion. None: the model's own limit, or what fits over all ranks if that is less."""
+    prefix_cache: bool = True
+    """Requests that begin alike share pages, where the model's keys depend on nothing but the tokens before them.
+    (Dynamic and longrope position embeddings depend on the prompt's length too: such models are served without.)"""
 
     def __post_init__(self) -> None:
         if self.page_tokens not in (16, 32, 64, 128, 256):
@@ -42,12 +45,17 @@ class BatchOptions:
     """Tokens in one step, decode rows and prefill chunks together."""
     max_sequences: int = 256
     """Sequences that hold pages at once."""
+    long_prefill_tokens: int | None = None
+    """A prompt with more tokens to compute than this is long: short ones go before it, as far as half of the step,
+    and several long ones advance together. None: half of max_batch_tokens."""
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1:
             raise ConfigError(f"max batch tokens is {self.max_batch_tokens}; it must be at least 1")
         if self.max_sequences < 1:
             raise ConfigError(f"max sequences is {self.max_sequences}; it must be at least 1")
+        if self.long_prefill_tokens is not None and self.long_prefill_tokens < 1:
+            raise ConfigError(f"long prefill tokens is {self.long_prefill_tokens}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ class KvSharding:
         return -(-tokens // self.page_tokens)
 
 
-class PageGrant(msgspec.Struct, frozen=True, array_like=True):
+class PageGrant(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Page `ordinal` of a sequence (its tokens from ordinal * page_tokens on) lies in page `page` of rank `rank`."""
 
     sequence_id: int

@@ -86,6 +86,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """For people: `cpu, 2 threads per rank` or `NVIDIA H200`."""
     attention: str
     """`triton` or `portable`."""
+    prefix_cache: bool = False
+    """Whether requests that begin alike share pages."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -108,6 +110,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """With finish_reason "error": what went wrong, for the client."""
     stop_token_id: int | None = None
     """With finish_reason "stop": the token that ended it (also the last of token_ids)."""
+    cached_tokens: int = 0
+    """In the request's first output that has tokens: how many prompt tokens the prefix cache held."""
 
 
 class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):

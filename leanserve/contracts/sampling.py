@@ -6,10 +6,11 @@ import msgspec
 
 from leanserve.contracts.errors import RequestError
 
-__all__ = ["MAX_STOP_STRINGS", "MAX_STOP_TOKEN_IDS", "FinishReason", "SamplingParams"]
+__all__ = ["MAX_CACHE_SALT_CHARS", "MAX_STOP_STRINGS", "MAX_STOP_TOKEN_IDS", "FinishReason", "SamplingParams"]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
+MAX_CACHE_SALT_CHARS = 256
 
 FinishReason = str
 """`"stop"` (an end token, a stop string or a stop id), `"length"` (max_tokens), `"abort"` or `"error"`."""
@@ -40,6 +41,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Token ids that end the completion."""
     ignore_eos: bool = False
     """Go on past the model's own end-of-sequence tokens."""
+    cache_salt: str | None = None
+    """Requests share cached pages only with those of the same salt, so that one tenant cannot find out by timing what
+    another has sent. Any text of 1 to 256 characters; None is shared by all who give none."""
 
     def __post_init__(self) -> None:
         def refuse(field: str, allowed: str) -> RequestError:
@@ -55,6 +59,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
         def is_int(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
+
+        def is_text(value: object, max_chars: int | None = None) -> bool:
+            return isinstance(value, str) and len(value) >= 1 and (max_chars is None or len(value) <= max_chars)
 
         def is_finite(value: object) -> bool:
             try:
@@ -74,11 +81,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise refuse("min_p", "it must be from 0 to 1")
         if self.seed is not None and (not is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
             raise refuse("seed", "it must be an integer that fits in 64 bits")
-        stop: tuple[object, ...] = self.stop
-        if len(stop) > MAX_STOP_STRINGS or any(not isinstance(s, str) or not s for s in stop):
+        if len(self.stop) > MAX_STOP_STRINGS or not all(is_text(s) for s in self.stop):
             raise refuse("stop", f"it must be at most {MAX_STOP_STRINGS} non-empty strings")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS or any(not is_int(t) or t < 0 for t in self.stop_token_ids):
             raise refuse("stop_token_ids", f"it must be at most {MAX_STOP_TOKEN_IDS} token ids, none negative")
+        if self.cache_salt is not None and not is_text(self.cache_salt, MAX_CACHE_SALT_CHARS):
+            raise refuse("cache_salt", f"it must be a string of 1 to {MAX_CACHE_SALT_CHARS} characters")
 
     @property
     def is_greedy(self) -> bool:

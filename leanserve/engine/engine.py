@@ -103,7 +103,8 @@ class Engine:
         for sequence, token_id in self._scheduler.complete(batch, result):
             reason = sequence.append(token_id)
             if reason is None:
-                outputs.append(TokenOutput(sequence.request_id, [token_id]))
+                cached_tokens = _cached_tokens_to_tell(sequence)
+                outputs.append(TokenOutput(sequence.request_id, [token_id], cached_tokens=cached_tokens))
             else:
                 outputs.append(self._end(sequence, reason, None, token_id))
         return outputs
@@ -119,4 +120,10 @@ class Engine:
             finish_reason=reason,
             error=error,
             stop_token_id=token_id if reason == "stop" else None,
+            cached_tokens=0 if token_id is None else _cached_tokens_to_tell(sequence),
         )
+
+
+def _cached_tokens_to_tell(sequence: Sequence) -> int:
+    """Told once, with the first token."""
+    return (sequence.cached_tokens or 0) if len(sequence.output_token_ids) == 1 else 0

@@ -58,11 +58,16 @@ class PagePool:
         self.num_used += 1
         return page, run
 
-    def give_back(self, run: PageRun) -> None:
-        """Free a run's pages, and what was kept behind it."""
+    def close(self, run: PageRun) -> None:
+        """A run grows no more: what was kept behind it is open again. Its pages stay in use until `free`."""
         self._keeping.remove(run, run.limit - run.end)
-        self.num_used -= run.end - run.first
-        self._open_range(run.first, run.limit)
+        self._open_range(run.end, run.limit)
+        run.limit = run.end
+
+    def free(self, first: int, end: int) -> None:
+        """Pages [first, end) of closed runs are in use no more."""
+        self.num_used -= end - first
+        self._open_range(first, end)
 
     def _can_extend(self, run: PageRun, expected_pages: int) -> bool:
         if run.end == run.limit and run.limit in self._end_of:

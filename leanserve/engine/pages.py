@@ -1,42 +1,75 @@
-"""Which rank, and which page there, holds the next tokens of a sequence. Knows page counts only; no tokens."""
+"""Which rank, and which page there, holds the next tokens of a sequence. Knows pages and their names; no tokens."""
 
 from leanserve.contracts.kv_sharding import KvSharding, PageGrant
 from leanserve.engine.page_pool import PagePool, PageRun
+from leanserve.engine.prefix_cache import PrefixCache
 
 __all__ = ["PageAllocator", "SequencePages"]
 
+_FORGOTTEN_AT_ONCE = 32
+"""Idle pages that make room together, if the sequence wants as many: so what they leave is not single pages."""
+
 
 class SequencePages:
-    """The pages that one sequence holds, over all ranks."""
+    """The pages that one sequence holds, over all ranks: shared ones first, then its own."""
 
-    __slots__ = ("count", "next_rank", "runs", "sequence_id")
+    __slots__ = ("next_rank", "num_shared", "numbers", "runs", "sequence_id")
 
     def __init__(self, sequence_id: int) -> None:
         self.sequence_id = sequence_id
-        self.count = 0
+        self.numbers: list[int] = []
+        """By ordinal: the page's number over all ranks."""
+        self.num_shared = 0
+        """Leading pages that it did not fill itself."""
         self.next_rank: int | None = None
-        """Whose turn it is; None before the first page."""
+        """Whose turn it is; None before the first page of its own."""
         self.runs: dict[int, list[PageRun]] = {}
-        """By rank, the newest last."""
+        """Its own pages by rank, the newest last."""
+
+    @property
+    def count(self) -> int:
+        return len(self.numbers)
 
 
 class PageAllocator:
-    """Deals every sequence's pages to the ranks in turn, the first page to the least loaded rank.
+    """Deals every sequence's pages to the ranks in turn, the first of its own to the least loaded rank.
 
     A rank without a free page is passed over: any owner is correct. So the pools, even or not, can be used to the last
-    page. A page costs O(1), giving a sequence's pages back costs O(runs).
+    page. A named page that no sequence holds any more is kept for the next one that begins alike, and is free all the
+    same: it makes room when no other page of its rank is free. Taking and giving back cost O(1) a page.
     """
 
     def __init__(self, sharding: KvSharding) -> None:
         self.sharding = sharding
         self._pools = tuple(PagePool(pages) for pages in sharding.pages_per_rank)
+        self._cache = PrefixCache(sharding.num_ranks, max(sharding.pages_per_rank))
         self.num_free = sum(sharding.pages_per_rank)
-        """Free pages of all ranks together."""
+        """Pages of all ranks that no sequence holds."""
 
     @property
     def used_per_rank(self) -> tuple[int, ...]:
         """Pages that live sequences hold, by rank."""
-        return tuple(pool.num_used for pool in self._pools)
+        return tuple(self._used(rank) for rank in range(len(self._pools)))
+
+    def find(self, names: list[bytes]) -> list[int]:
+        """The numbers of the pages that have these names, up to the first name that no page has."""
+        return self._cache.find(names)
+
+    def count_idle(self, numbers: list[int]) -> int:
+        """How many of these pages no sequence holds: by so many `num_free` falls when they are shared."""
+        return self._cache.count_idle(numbers)
+
+    def share(self, pages: SequencePages, numbers: list[int]) -> list[PageGrant]:
+        """Grant a sequence that has no page yet the pages that it begins with."""
+        assert not pages.numbers, "share() with a sequence that has pages"
+        self.num_free -= self._cache.hold(numbers)
+        pages.numbers = numbers
+        pages.num_shared = len(numbers)
+        sequence_id, num_ranks = pages.sequence_id, len(self._pools)
+        return [
+            PageGrant(sequence_id, ordinal, number % num_ranks, number // num_ranks)
+            for ordinal, number in enumerate(numbers)
+        ]
 
     def grow(self, pages: SequencePages, count: int, expected_pages: int) -> list[PageGrant]:
         """Grant the next `count` pages of a sequence, at most `num_free`.
@@ -48,32 +81,71 @@ class PageAllocator:
         grants: list[PageGrant] = []
         for ordinal in range(pages.count, pages.count + count):
             rank = self._least_loaded_rank() if pages.next_rank is None else pages.next_rank
-            while not self._pools[rank].num_free:
+            while not self._has_free(rank):
                 rank = (rank + 1) % num_ranks
             expected_here = -(-max(expected_pages - ordinal, 1) // num_ranks)
+            if not self._pools[rank].num_free:
+                self._forget(rank, min(expected_here, _FORGOTTEN_AT_ONCE))
             runs = pages.runs.setdefault(rank, [])
             page, run = self._pools[rank].take(runs[-1] if runs else None, expected_here)
             if not runs or runs[-1] is not run:
                 runs.append(run)
+            number = page * num_ranks + rank
+            self._cache.hold_new(number)
+            pages.numbers.append(number)
             pages.next_rank = (rank + 1) % num_ranks
             grants.append(PageGrant(pages.sequence_id, ordinal, rank, page))
-        pages.count += count
         self.num_free -= count
         return grants
 
+    def publish(self, pages: SequencePages, ordinal: int, name: bytes) -> None:
+        """A sequence's page is full and computed: others that begin alike may share it from now on."""
+        replaced = self._cache.publish(name, pages.numbers[ordinal])
+        if replaced is not None:
+            self._free(replaced)
+
     def release(self, pages: SequencePages) -> None:
-        """Give all pages of a sequence back; it may start again from none."""
+        """A sequence holds its pages no more; it may start again from none."""
+        num_ranks = len(self._pools)
         for rank, runs in pages.runs.items():
-            for run in runs:
-                self._pools[rank].give_back(run)
-        self.num_free += pages.count
-        pages.count = 0
+            pool = self._pools[rank]
+            for run in reversed(runs):
+                pool.close(run)
+                end = run.end  # of the pages to free: what stays in use cuts the run into stretches
+                for page in range(run.end - 1, run.first - 1, -1):
+                    if not self._let_go(page * num_ranks + rank):
+                        if page + 1 < end:
+                            pool.free(page + 1, end)
+                        end = page
+                if run.first < end:
+                    pool.free(run.first, end)
+        for number in reversed(pages.numbers[: pages.num_shared]):
+            self._let_go(number)
+        pages.numbers = []
+        pages.num_shared = 0
         pages.next_rank = None
         pages.runs.clear()
 
+    def _let_go(self, number: int) -> bool:
+        """Returns whether the page is of no use any more."""
+        was_last, is_idle = self._cache.let_go(number)
+        self.num_free += was_last
+        return was_last and not is_idle
+
+    def _forget(self, rank: int, count: int) -> None:
+        for _ in range(min(count, self._cache.num_idle(rank))):
+            self._free(self._cache.forget(rank))
+
+    def _free(self, number: int) -> None:
+        page, rank = divmod(number, len(self._pools))
+        self._pools[rank].free(page, page + 1)
+
+    def _used(self, rank: int) -> int:
+        return self._pools[rank].num_used - self._cache.num_idle(rank)
+
+    def _has_free(self, rank: int) -> bool:
+        return self._pools[rank].num_free > 0 or self._cache.num_idle(rank) > 0
+
     def _least_loaded_rank(self) -> int:
-        """The rank with the fewest pages in use, as those are what a decode step reads; ties go to the lower rank."""
-        return min(
-            (rank for rank, pool in enumerate(self._pools) if pool.num_free),
-            key=lambda rank: self._pools[rank].num_used,
-        )
+        """The rank with the fewest pages held, as those are what a decode step reads; ties go to the lower rank."""
+        return min((rank for rank in range(len(self._pools)) if self._has_free(rank)), key=self._used)

@@ -24,13 +24,16 @@ class Sequence:
     """Prompt and output ids are kept apart for life: a preemption must not turn outputs into prompt."""
 
     __slots__ = (
+        "cached_tokens",
         "end_token_ids",
         "id",
+        "is_long",
         "max_total_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_tokens",
         "output_token_ids",
+        "page_names",
         "pages",
         "preemptions",
         "prompt_token_ids",
@@ -66,6 +69,12 @@ class Sequence:
         """Tokens whose KV is in the cache; the newest token's is not."""
         self.pages = SequencePages(sequence_id)
         """None of them while it waits."""
+        self.page_names: list[bytes] = []
+        """Of its first pages, as far as anybody asked; they stay right for life."""
+        self.cached_tokens: int | None = None
+        """Prompt tokens that were in the cache when it was first admitted; None before that."""
+        self.is_long = False
+        """Whether it had more to compute than a short prompt when it was last admitted."""
         self.preemptions = 0
         self.state = SequenceState.WAITING
 
@@ -76,6 +85,14 @@ class Sequence:
         if token_id in self.end_token_ids:
             return "stop"
         return "length" if self.num_tokens == self.max_total_tokens else None
+
+    def token_bytes(self, start: int, end: int) -> bytes:
+        """Tokens [start, end) as int32 bytes."""
+        prompt = self.prompt_token_ids[start * TOKEN_ID_BYTES : end * TOKEN_ID_BYTES]
+        if end <= self.num_prompt_tokens:
+            return prompt
+        first = max(start - self.num_prompt_tokens, 0)
+        return prompt + self.output_token_ids[first : end - self.num_prompt_tokens].tobytes()
 
     def as_new(self) -> NewSequence:
         """What a rank needs to compute it from its first token."""

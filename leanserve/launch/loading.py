@@ -119,6 +119,7 @@ def load_rank(
             dtype=str(dtype).removeprefix("torch."),
             device=describe(device),
             attention=attention or ("portable" if device.type == "cpu" else "triton"),
+            prefix_cache=config.cache.prefix_cache and not decoder.rope.depends_on_length,
         ),
     )
 

@@ -39,8 +39,12 @@ class LaunchOptions:
     kv_memory: str | int | None = None
     """KV memory of each rank, such as 512MiB."""
     max_context_tokens: int | None = None
+    prefix_cache: bool = True
+    """Requests that begin alike share pages."""
     max_batch_tokens: int = 2048
     max_sequences: int = 256
+    long_prefill_tokens: int | None = None
+    """Longer prompts give way to shorter ones; None: half of max_batch_tokens."""
 
     def __post_init__(self) -> None:
         if self.ranks is not None and not 1 <= self.ranks <= 1024:
@@ -68,6 +72,11 @@ class LaunchOptions:
                 page_tokens=self.page_tokens,
                 kv_memory_bytes=None if self.kv_memory is None else parse_bytes(self.kv_memory),
                 max_context_tokens=self.max_context_tokens,
+                prefix_cache=self.prefix_cache,
             ),
-            batch=BatchOptions(max_batch_tokens=self.max_batch_tokens, max_sequences=self.max_sequences),
+            batch=BatchOptions(
+                max_batch_tokens=self.max_batch_tokens,
+                max_sequences=self.max_sequences,
+                long_prefill_tokens=self.long_prefill_tokens,
+            ),
         )

@@ -127,7 +127,7 @@ def make_engine(loaded: LoadedRank, config: EngineConfig, sender: StepSender) ->
         return loaded.runner.execute(batch)
 
     info = loaded.info
-    scheduler = Scheduler(loaded.sharding, config.batch, info.max_context_tokens)
+    scheduler = Scheduler(loaded.sharding, config.batch, info.max_context_tokens, prefix_cache=info.prefix_cache)
     return Engine(scheduler, execute, info.eos_token_ids)
 
 

@@ -34,12 +34,15 @@ class Choice:
         self.index = index
         self.request_id = request_id
         self.num_tokens = 0
+        self.cached_tokens = 0
+        """Prompt tokens that the engine's prefix cache held."""
         self.finish_reason: str | None = None
         self._text_stream = text_stream
         self._stop_token_ids = stop_token_ids
 
     def pieces(self, output: TokenOutput) -> Iterator[Piece]:
         """One piece a token; the last one carries the finish_reason. What follows a stop string is dropped."""
+        self.cached_tokens += output.cached_tokens
         last = len(output.token_ids) - 1
         for place, token_id in enumerate(output.token_ids):
             self.num_tokens += 1
@@ -108,12 +111,13 @@ class Completion:
             )
             yield Choice(index, f"{self.id}-{index}", text_stream, sampling.stop_token_ids)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, object]:
         completion_tokens = sum(choice.num_tokens for choice in self.choices.values())
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": self._prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in self.choices.values())},
         }
 
     def chunk(self, piece: Piece) -> dict[str, object]:

@@ -10,7 +10,12 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from leanserve.contracts.errors import RequestError
-from leanserve.contracts.sampling import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from leanserve.contracts.sampling import (
+    MAX_CACHE_SALT_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 from leanserve.server.errors import validation_error
 
 __all__ = ["CompletionRequest", "DetokenizeRequest", "ErrorBody", "StreamOptions", "TokenizeRequest"]
@@ -60,7 +65,6 @@ _NOT_HONOURED: dict[str, tuple[object, ...]] = {
     "prompt_embeds": (),
     "messages": (),
     "return_token_strs": (False,),
-    "cache_salt": (),
     "logits_processors": ([],),
 }
 """Fields that other servers honour and this one does not, with the values that change nothing; null is always one."""
@@ -162,6 +166,8 @@ class CompletionRequest(_Body):
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    cache_salt: Annotated[str | None, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] = None
+    """Share cached prompts only with requests of the same salt."""
     n: int | None = None
     best_of: int | None = None
     stream: bool | None = None
@@ -220,6 +226,7 @@ class CompletionRequest(_Body):
             "stop": (self.stop,) if isinstance(self.stop, str) else self.stop,
             "stop_token_ids": self.stop_token_ids,
             "ignore_eos": self.ignore_eos,
+            "cache_salt": self.cache_salt,
         }
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 

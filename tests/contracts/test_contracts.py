@@ -33,6 +33,9 @@ from leanserve.contracts.sampling import SamplingParams
         {"stop": [""]},
         {"stop": ["x"] * 17},
         {"stop_token_ids": [-1]},
+        {"cache_salt": ""},
+        {"cache_salt": "x" * 257},
+        {"cache_salt": 7},
     ],
     ids=lambda wrong: str(wrong)[:30],
 )

@@ -1,12 +1,13 @@
 """Executors for engine tests: each does what its name says."""
 
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from leanserve.contracts.batch import Batch, Row, StepResult, step_checksum
-from leanserve.contracts.kv_sharding import KvSharding
+from leanserve.contracts.kv_sharding import KvSharding, PageGrant
 
 
 class EchoExecutor:
@@ -37,20 +38,29 @@ class FailingExecutor(EchoExecutor):
 VOCAB_SIZE = 50
 
 
-def toy_token(token_ids: NDArray[np.int32], seed: int) -> int:
-    """The toy model: the next token depends on every token before it, on their order, and on the seed."""
-    return zlib.crc32(token_ids.tobytes(), seed & 0xFFFFFFFF) % VOCAB_SIZE
+def toy_kv(token_ids: Iterable[int], kv_before: int = 0) -> list[int]:
+    """The toy model's "KV" at each position: like a real one's it depends on this token and on all before it."""
+    kv: list[int] = []
+    for token_id in token_ids:
+        kv_before = zlib.crc32(token_id.to_bytes(4, "little"), kv_before)
+        kv.append(kv_before)
+    return kv
+
+
+def toy_token(kv: NDArray[np.uint32], seed: int) -> int:
+    """The toy model's next token depends on the KV of every token before it, and on the seed."""
+    return zlib.crc32(kv.tobytes(), seed & 0xFFFFFFFF) % VOCAB_SIZE
 
 
 def toy_completion(
     prompt_token_ids: bytes, seed: int, max_tokens: int, end_token_ids: frozenset[int]
 ) -> tuple[list[int], str]:
     """What the toy model generates for one request alone, and why it ends."""
-    token_ids = np.frombuffer(prompt_token_ids, np.int32)
+    kv = toy_kv(np.frombuffer(prompt_token_ids, np.int32).tolist())
     outputs: list[int] = []
     while len(outputs) < max_tokens:
-        outputs.append(toy_token(token_ids, seed))
-        token_ids = np.append(token_ids, np.int32(outputs[-1]))
+        outputs.append(toy_token(np.array(kv, np.uint32), seed))
+        kv += toy_kv(outputs[-1:], kv[-1])
         if outputs[-1] in end_token_ids:
             return outputs, "stop"
     return outputs, "length"
@@ -58,38 +68,42 @@ def toy_completion(
 
 class _ToySequence:
     def __init__(self, token_ids: bytes, seed: int) -> None:
-        self.token_ids = np.frombuffer(token_ids, np.int32).tolist()
+        self.token_ids: list[int] = np.frombuffer(token_ids, np.int32).tolist()
         self.seed = seed
         self.table: list[tuple[int, int]] = []
         self.num_stored = 0
 
 
 class ToyModelExecutor:
-    """The toy model on every rank's page pool: "KV" is the token id, stored in the granted pages and read from there.
+    """The toy model on every rank's page pool: "KV" is stored in the granted pages and read from there.
 
-    Asserts what a rank relies on: a granted page is free and within its rank's pool, ordinals are in order, a row goes
-    on where the last one ended, with pages enough and none to spare, steps come in order with the right checksum.
-    Free pages hold poison, so a stale page table changes the tokens.
+    Asserts what a rank relies on: a page to be filled is nobody else's and within its rank's pool, ordinals are in
+    order, a new sequence's row starts behind whole pages that hold the very KV it would compute, any other row goes on
+    where the last one ended, with pages enough and none to spare, steps come in order with the right checksum. A page
+    is poisoned when it is granted to be filled, so a stale page table changes the tokens.
     """
 
-    POISON = -7
+    POISON = 0xDEADBEEF
 
     def __init__(self, sharding: KvSharding) -> None:
         self.sharding = sharding
         self.pools = [
-            np.full((pages, sharding.page_tokens), self.POISON, np.int32) for pages in sharding.pages_per_rank
+            np.full((pages, sharding.page_tokens), self.POISON, np.uint32) for pages in sharding.pages_per_rank
         ]
-        self.owner: dict[tuple[int, int], int] = {}
+        self.holders: dict[tuple[int, int], set[int]] = {}
+        """Sequences by page; a page without any is not in it."""
         self.sequences: dict[int, _ToySequence] = {}
         self.step = 0
         self.checksum = 0
         self.computed_tokens = 0
         """Over all steps, recomputation after preemptions included."""
+        self.shared_tokens = 0
+        """Over all starts: tokens that were there already."""
 
     @property
     def used_per_rank(self) -> tuple[int, ...]:
         used = [0] * self.sharding.num_ranks
-        for rank, _ in self.owner:
+        for rank, _ in self.holders:
             used[rank] += 1
         return tuple(used)
 
@@ -98,22 +112,41 @@ class ToyModelExecutor:
         self.step += 1
         assert batch.step == self.step
         for sequence_id in batch.dropped:
-            for rank, page in self.sequences.pop(sequence_id).table:
-                del self.owner[rank, page]
-                self.pools[rank][page] = self.POISON
+            for place in self.sequences.pop(sequence_id).table:
+                self.holders[place].remove(sequence_id)
+                if not self.holders[place]:
+                    del self.holders[place]
         for new in batch.started:
             assert new.sequence_id not in self.sequences
             self.sequences[new.sequence_id] = _ToySequence(new.token_ids, new.seed)
+        row_starts = {row.sequence_id: row.start for row in batch.rows}
         for grant in batch.grants:
-            sequence = self.sequences[grant.sequence_id]
-            assert (grant.rank, grant.page) not in self.owner, f"page {grant.page} of rank {grant.rank} is taken"
-            assert 0 <= grant.page < self.sharding.pages_per_rank[grant.rank]
-            assert grant.ordinal == len(sequence.table)
-            self.owner[grant.rank, grant.page] = grant.sequence_id
-            sequence.table.append((grant.rank, grant.page))
+            self._grant(grant, row_starts[grant.sequence_id])
+        for new in batch.started:
+            self._share(self.sequences[new.sequence_id], row_starts[new.sequence_id])
         token_ids = [token for row in batch.rows if (token := self._compute(row)) is not None]
         self.checksum = step_checksum(self.step, token_ids)
         return StepResult(self.step, token_ids)
+
+    def _grant(self, grant: PageGrant, row_start: int) -> None:
+        sequence, place = self.sequences[grant.sequence_id], (grant.rank, grant.page)
+        assert 0 <= grant.page < self.sharding.pages_per_rank[grant.rank]
+        assert grant.ordinal == len(sequence.table)
+        if grant.ordinal * self.sharding.page_tokens >= row_start:
+            assert place not in self.holders, f"page {grant.page} of rank {grant.rank} is taken"
+            self.pools[grant.rank][grant.page] = self.POISON
+        self.holders.setdefault(place, set()).add(grant.sequence_id)
+        sequence.table.append(place)
+
+    def _share(self, sequence: _ToySequence, num_tokens: int) -> None:
+        assert num_tokens % self.sharding.page_tokens == 0, "only whole pages are shared"
+        assert self._stored(sequence, num_tokens).tolist() == toy_kv(sequence.token_ids[:num_tokens])
+        sequence.num_stored = num_tokens
+        self.shared_tokens += num_tokens
+
+    def _stored(self, sequence: _ToySequence, num_tokens: int) -> NDArray[np.uint32]:
+        pages = [self.pools[rank][page] for rank, page in sequence.table]
+        return np.concatenate([*pages, np.empty(0, np.uint32)])[:num_tokens]
 
     def _compute(self, row: Row) -> int | None:
         sequence = self.sequences[row.sequence_id]
@@ -121,15 +154,17 @@ class ToyModelExecutor:
         assert row.count >= 1
         assert row.start == sequence.num_stored
         assert len(sequence.table) == self.sharding.pages_for(end), "grants cover exactly this step's tokens"
-        for position in range(row.start, end):
-            rank, page = sequence.table[position // self.sharding.page_tokens]
-            self.pools[rank][page, position % self.sharding.page_tokens] = sequence.token_ids[position]
+        kv_before = int(self._stored(sequence, row.start)[-1]) if row.start else 0
+        kv = toy_kv(sequence.token_ids[row.start : end], kv_before)
+        for position, value in zip(range(row.start, end), kv, strict=True):
+            place = sequence.table[position // self.sharding.page_tokens]
+            assert self.holders[place] == {row.sequence_id}, "a page is written that others hold"
+            self.pools[place[0]][place[1], position % self.sharding.page_tokens] = value
         sequence.num_stored = end
         self.computed_tokens += row.count
         assert row.samples == (end == len(sequence.token_ids))
         if not row.samples:
             return None
-        stored = np.concatenate([self.pools[rank][page] for rank, page in sequence.table])[:end]
-        token_id = toy_token(stored, sequence.seed)
+        token_id = toy_token(self._stored(sequence, end), sequence.seed)
         sequence.token_ids.append(token_id)
         return token_id

@@ -1,4 +1,5 @@
-"""Random lives: arrivals, lengths, aborts, and pools so small that preemption happens. `CheckedRun` checks them."""
+"""Random lives: arrivals, forks of earlier texts, lengths, aborts, and pools so small that sequences are preempted and
+cached pages forgotten. `CheckedRun` checks them."""
 
 import random
 
@@ -17,12 +18,13 @@ shardings = st.builds(
 )
 options = st.builds(BatchOptions, max_batch_tokens=st.integers(1, 24), max_sequences=st.integers(1, 6))
 arrivals = st.tuples(st.just("submit"), st.integers(1, 30), st.integers(1, 24), st.booleans())
+forks = st.tuples(st.just("fork"), st.integers(0, 40), st.integers(0, 60), st.integers(1, 9), st.integers(1, 24))
 aborts = st.tuples(st.just("abort"), st.integers(0, 40))
 steps = st.tuples(st.just("step"), st.integers(1, 12))
 
 
 @settings(max_examples=600, deadline=None)
-@given(shardings, options, st.lists(st.one_of(arrivals, arrivals, steps, aborts), max_size=40))
+@given(shardings, options, st.lists(st.one_of(arrivals, forks, steps, aborts), max_size=40))
 def test_every_request_ends_once_with_the_tokens_it_gets_alone(
     sharding: KvSharding, options: BatchOptions, events: list[tuple]
 ) -> None:
@@ -33,12 +35,23 @@ def test_every_request_ends_once_with_the_tokens_it_gets_alone(
             fits = prompt_tokens + max_tokens <= sharding.total_tokens
             request = toy_submit(number, prompt_tokens, max_tokens, ignore_eos=ignore_eos)
             assert run.submit(request) == fits
+        elif event[0] == "fork":
+            _, earlier, kept_tokens, prompt_tokens, max_tokens = event
+            behind = run.text(f"r{earlier}")[: 4 * kept_tokens] if f"r{earlier}" in run.accepted else b""
+            run.submit(toy_submit(number, prompt_tokens, max_tokens, behind=behind))
         elif event[0] == "abort":
             run.abort(f"r{event[1]}")
         else:
             for _ in range(event[1]):
                 run.step()
     run.finish(max_steps=20_000)
+    fill_every_page(run)
+
+
+def fill_every_page(run: CheckedRun) -> None:
+    """No page is lost: a request as large as all pools together is served, whatever is cached."""
+    if run.sharding.total_tokens > 1:
+        run.serve(toy_submit(999_999, run.sharding.total_tokens - 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -61,9 +74,19 @@ def test_a_long_crowded_life(
             prompt_tokens = rng.randint(1, 30)
             fill = rng.random() < 0.1
             max_tokens = run.sharding.total_tokens - prompt_tokens if fill else rng.randint(1, 30)
-            run.submit(toy_submit(number, prompt_tokens, max_tokens, ignore_eos=rng.random() < 0.5))
+            earlier = f"r{rng.randint(max(1, number - 20), number)}"
+            forks = not fill and earlier in run.accepted and rng.random() < 0.5
+            behind = run.text(earlier)[: 4 * rng.randint(0, 60)] if forks else b""
+            salt = rng.choice([None, None, "salt"])
+            run.submit(
+                toy_submit(
+                    number, prompt_tokens, max_tokens, ignore_eos=rng.random() < 0.5, behind=behind, cache_salt=salt
+                )
+            )
         if rng.random() < 0.05:
             run.abort(f"r{rng.randint(max(1, number - 20), number)}")
         run.step()
     run.finish(max_steps=20_000)
     assert run.scheduler.preemptions > 20, "the pool was meant to be too small"
+    assert run.executor.shared_tokens > run.executor.computed_tokens / 20, "texts were meant to begin alike"
+    fill_every_page(run)

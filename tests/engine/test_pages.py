@@ -38,6 +38,14 @@ def test_pages_go_to_the_ranks_in_turn_and_the_first_to_the_least_loaded() -> No
     assert pages.used_per_rank == (3, 3, 2)
 
 
+def test_a_sequence_keeps_its_turn_whatever_the_load() -> None:
+    pages = allocator(9, 9, 9)
+    sequences = [SequencePages(number) for number in range(4)]
+    assert [ranks(pages.grow(sequence, 1, expected_pages=2)) for sequence in sequences] == [[0], [1], [2], [0]]
+    pages.release(sequences[2])
+    assert ranks(pages.grow(sequences[0], 1, expected_pages=2)) == [1], "rank 2 has less to read"
+
+
 def test_a_rank_without_free_pages_is_passed_over_and_every_page_is_used() -> None:
     pages = allocator(1, 4, 0, 2)
     sequence = SequencePages(1)
@@ -87,7 +95,8 @@ def pool_with_open_ranges(num_pages: int, *ranges: tuple[int, int]) -> PagePool:
         runs.append(run)
     for run in runs:
         if (run.first, run.end) in ranges:
-            pool.give_back(run)
+            pool.close(run)
+            pool.free(run.first, run.end)
     return pool
 
 
@@ -117,7 +126,8 @@ def test_a_pool_never_gives_a_page_twice_nor_loses_one(num_pages: int) -> None:
         if used and (rng.random() < 0.02 or not pool.num_free):
             for run in live.pop(rng.randrange(len(live))):
                 used -= set(range(run.first, run.end))
-                pool.give_back(run)
+                pool.close(run)
+                pool.free(run.first, run.end)
         elif not live or rng.random() < 0.05:
             live.append([])
         else:
@@ -132,7 +142,8 @@ def test_a_pool_never_gives_a_page_twice_nor_loses_one(num_pages: int) -> None:
         assert pool.num_free == num_pages - len(used)
     for runs in live:
         for run in runs:
-            pool.give_back(run)
+            pool.close(run)
+            pool.free(run.first, run.end)
     run, taken = None, []
     while pool.num_free:
         page, run = pool.take(run, num_pages)

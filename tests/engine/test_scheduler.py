@@ -32,15 +32,15 @@ class Run:
         return self.executor.batches[-1]
 
 
-def test_decode_rows_come_first_then_chunks_fill_the_budget_in_order_of_arrival() -> None:
+def test_decode_rows_come_first_then_short_prompts_then_long_ones() -> None:
     run = Run((50, 50))
     run.submit(1, 3, 9)
     assert run.step().rows == [Row(1, 0, 3, True)]
     run.submit(2, 20, 9)
     run.submit(3, 5, 9)
-    assert run.step().rows == [Row(1, 3, 1, True), Row(2, 0, 15, False)]
-    assert run.step().rows == [Row(1, 4, 1, True), Row(2, 15, 5, True), Row(3, 0, 5, True)]
-    assert run.step().rows == [Row(1, 5, 1, True), Row(2, 20, 1, True), Row(3, 5, 1, True)]
+    assert run.step().rows == [Row(1, 3, 1, True), Row(3, 0, 5, True), Row(2, 0, 10, False)]
+    assert run.step().rows == [Row(1, 4, 1, True), Row(3, 5, 1, True), Row(2, 10, 10, True)]
+    assert run.step().rows == [Row(1, 5, 1, True), Row(2, 20, 1, True), Row(3, 6, 1, True)]
 
 
 def test_pages_are_granted_for_exactly_the_tokens_of_the_step() -> None:

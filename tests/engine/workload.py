@@ -24,10 +24,19 @@ def token_bytes(token_ids: list[int]) -> bytes:
     return np.array(token_ids, np.int32).tobytes()
 
 
-def toy_submit(number: int, prompt_tokens: int, max_tokens: int, *, ignore_eos: bool = False) -> Submit:
+def toy_submit(
+    number: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    *,
+    ignore_eos: bool = False,
+    behind: bytes = b"",
+    cache_salt: str | None = None,
+) -> Submit:
+    """A request of `prompt_tokens` random tokens behind those of `behind`; random for each number."""
     rng = random.Random(number)
-    prompt = token_bytes([rng.randrange(VOCAB_SIZE) for _ in range(prompt_tokens)])
-    sampling = SamplingParams(max_tokens=max_tokens, seed=number, ignore_eos=ignore_eos)
+    prompt = behind + token_bytes([rng.randrange(VOCAB_SIZE) for _ in range(prompt_tokens)])
+    sampling = SamplingParams(max_tokens=max_tokens, seed=number, ignore_eos=ignore_eos, cache_salt=cache_salt)
     return Submit(f"r{number}", prompt, sampling)
 
 
@@ -38,13 +47,16 @@ class CheckedRun:
     sharding: KvSharding
     options: BatchOptions
     max_context_tokens: int = 10_000
+    prefix_cache: bool = True
     outputs: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, TokenOutput] = field(default_factory=dict)
     accepted: dict[str, Submit] = field(default_factory=dict)
+    cached_tokens: dict[str, int] = field(default_factory=dict)
+    """As told with each request's first token."""
 
     def __post_init__(self) -> None:
         self.executor = ToyModelExecutor(self.sharding)
-        self.scheduler = Scheduler(self.sharding, self.options, self.max_context_tokens)
+        self.scheduler = Scheduler(self.sharding, self.options, self.max_context_tokens, prefix_cache=self.prefix_cache)
         self.engine = Engine(self.scheduler, self._execute, [EOS_TOKEN_ID])
         self.starts: Counter[int] = Counter()
         """How often each sequence was started; sequence ids count accepted requests from 1."""
@@ -66,6 +78,19 @@ class CheckedRun:
         if output is not None:
             assert output.finish_reason == "abort"
             self._note(output)
+
+    def text(self, request_id: str) -> bytes:
+        """Prompt and outputs so far: what a next turn, or another try, begins with."""
+        return self.accepted[request_id].prompt_token_ids + token_bytes(self.outputs[request_id])
+
+    def serve(self, request: Submit, max_steps: int = 10_000) -> int:
+        """Run until a request has ended. Returns how many of its prompt tokens were cached."""
+        assert self.submit(request)
+        for _ in range(max_steps):
+            if request.request_id in self.ends:
+                return self.cached_tokens[request.request_id]
+            self.step()
+        raise AssertionError(f"{request.request_id} still lives after {max_steps} steps")
 
     def step(self) -> None:
         for output in self.engine.step():
@@ -98,6 +123,13 @@ class CheckedRun:
 
     def _note(self, output: TokenOutput) -> None:
         assert output.request_id not in self.ends, "more output after the last one"
+        if output.token_ids and not self.outputs[output.request_id]:
+            self.cached_tokens[output.request_id] = output.cached_tokens
+            prompt_tokens = len(self.accepted[output.request_id].prompt_token_ids) // 4
+            assert 0 <= output.cached_tokens < prompt_tokens
+            assert output.cached_tokens % self.sharding.page_tokens == 0
+        else:
+            assert output.cached_tokens == 0, "told twice"
         self.outputs[output.request_id] += output.token_ids
         if output.finish_reason is not None:
             assert output.error is None
@@ -107,16 +139,20 @@ class CheckedRun:
     def _execute(self, batch: Batch) -> StepResult:
         assert sum(row.count for row in batch.rows) <= self.options.max_batch_tokens
         assert len({row.sequence_id for row in batch.rows}) == len(batch.rows)
-        chunk_at = [i for i, row in enumerate(batch.rows) if row.count > 1]
-        assert not chunk_at or all(row.samples for row in batch.rows[: chunk_at[0]]), "decode rows come first"
+        streams = self.must_compute - set(batch.dropped)
+        last_stream = max((i for i, row in enumerate(batch.rows) if row.sequence_id in streams), default=0)
+        assert all(row.count == 1 and row.samples for row in batch.rows[:last_stream]), "decode rows come first"
         for new in batch.started:
             assert new.sequence_id in self.starts or new.sequence_id > max(self.starts, default=0), "a queue was jumped"
             self.starts[new.sequence_id] += 1
-            assert any(row.sequence_id == new.sequence_id for row in batch.rows), "started, and left without a token"
+            rows = [row for row in batch.rows if row.sequence_id == new.sequence_id]
+            assert len(rows) == 1, "started, and left without a token"
             assert new.sequence_id not in batch.dropped, "sent away and taken back in one step"
         request_ids = list(self.accepted)
         preempted = [number for number in batch.dropped if request_ids[number - 1] not in self.ends]
         assert all(row.sequence_id < min(preempted) for row in batch.rows if preempted), "an older one made room"
+        running = {row.sequence_id for row in batch.rows} | self.executor.sequences.keys() - set(batch.dropped)
+        assert not running or any(row.sequence_id == min(running) for row in batch.rows), "the oldest had to wait"
         result = self.executor(batch)
         assert self.executor.used_per_rank == self.scheduler.pages_used_per_rank
         computed = {row.sequence_id for row in batch.rows}

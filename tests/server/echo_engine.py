@@ -138,6 +138,7 @@ class EchoEngine:
             del self.running[request_id]
             return TokenOutput(request_id, [], "error", "the request hit an odd case")
         token_ids: list[int] = []
+        cached_tokens = 0 if request.sent else len(request.prompt) // 2
         sampling = request.submit.sampling
         reason: str | None = None
         stop_token_id: int | None = None
@@ -154,4 +155,4 @@ class EchoEngine:
                 reason = "length"
         if reason is not None:
             del self.running[request_id]
-        return TokenOutput(request_id, token_ids, reason, None, stop_token_id)
+        return TokenOutput(request_id, token_ids, reason, None, stop_token_id, cached_tokens)

@@ -35,6 +35,7 @@ def test_text_in_text_out(tmp_path: Path) -> None:
                 "prompt_tokens": len(ids),
                 "completion_tokens": 400,
                 "total_tokens": len(ids) + 400,
+                "prompt_tokens_details": {"cached_tokens": len(ids) // 2},
             }
             submit = live.engine.submits[0]
             assert submit.sampling == SamplingParams(max_tokens=400)
@@ -55,6 +56,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
                 "stop": ["a", "bc"],
                 "stop_token_ids": [4, 5],
                 "ignore_eos": True,
+                "cache_salt": "tenant 7",
             }
             assert (await live.complete(prompt="x", **fields)).status_code == 200
             fields["stop"], fields["stop_token_ids"] = ("a", "bc"), (4, 5)
@@ -102,7 +104,12 @@ def test_usage_in_streams() -> None:
             chunks = await live.chunks(**body, stream_options={"include_usage": True})
             assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 4
             assert chunks[-1]["choices"] == []
-            assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+            assert chunks[-1]["usage"] == {
+                "prompt_tokens": 3,
+                "completion_tokens": 4,
+                "total_tokens": 7,
+                "prompt_tokens_details": {"cached_tokens": 1},
+            }
             chunks = await live.chunks(**body, stream_options={"include_usage": True, "continuous_usage_stats": True})
             assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 4, 4]
             chunks = await live.chunks(**body, stream_options={"include_usage": False})
@@ -193,6 +200,7 @@ def test_many_prompts_are_many_choices(prompts: list[str] | list[list[int]]) -> 
                 "prompt_tokens": total,
                 "completion_tokens": 27,
                 "total_tokens": total + 27,
+                "prompt_tokens_details": {"cached_tokens": sum(len(one) // 2 for one in ids)},
             }
             streamed: list[list[int]] = [[], [], []]
             ends: list[int] = []

@@ -121,3 +121,23 @@ def test_each_rank_computes_the_tokens_of_its_own_pages_and_no_other():
         ]
         assert lasts == [last for last, mine in zip([122, 208], owned, strict=True) if mine]
     assert sorted(seen) == [(100 * i + t, t) for i, length in prompts.items() for t in range(length)]
+
+
+def test_a_sequence_may_start_behind_pages_that_another_filled():
+    """Two of three pages are lent; they are on both ranks, and stay with the one when the other is dropped."""
+    tokens = list(range(10))
+    rows, layouts = [Row(2, 2 * T, 2, True)], []
+    for rank in range(2):
+        live = LiveSequences(rank, T)
+        live.apply([], [started(1, tokens[:9])], [PageGrant(1, 0, 0, 5), PageGrant(1, 1, 1, 7), PageGrant(1, 2, 0, 6)])
+        lent = [PageGrant(2, 0, 0, 5), PageGrant(2, 1, 1, 7)]
+        live.apply([], [started(2, tokens)], [*lent, PageGrant(2, 2, 1, 8)])
+        live.apply([1], [], [])
+        ranks = Ranks(rank, 2, CPU, group=None, stages_through_host=False)
+        layouts.append(build_inputs(rows, live, T, ranks).layout)
+    here, there = layouts
+    assert (here.pages_N.tolist(), there.pages_N.tolist()) == ([], [8, 8])
+    assert (here.positions_N.tolist(), there.positions_N.tolist()) == ([], [8, 9])
+    assert (here.prefill.page_table_BM.tolist(), there.prefill.page_table_BM.tolist()) == ([[5]], [[7, 8]])
+    assert (here.prefill.page_positions_BM.tolist(), there.prefill.page_positions_BM.tolist()) == ([[0]], [[4, 8]])
+    assert (here.prefill.lengths_B.tolist(), there.prefill.lengths_B.tolist()) == ([4], [6])
