@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,7 +51,6 @@ def leanserve(*arguments: str, **options) -> "subprocess.CompletedProcess[str]":
 
 
 def test_two_ranks_serve_many_streams_and_leave_nothing(model_dir, prompts, expected, tmp_path):
-    run_dirs = set(Path(tempfile.gettempdir()).glob("leanserve-*"))
     with live_server(str(model_dir), "--ranks", "2", *SMALL, log=tmp_path / "log") as server:
         assert answers_of(server, prompts) == expected
         assert "torch" not in _modules_of(server.process.pid)
@@ -67,12 +65,14 @@ def test_two_ranks_serve_many_streams_and_leave_nothing(model_dir, prompts, expe
 
         processes = server.processes()
         assert len(processes) >= 4  # front end, agent, two ranks
+        run_dir = Path(processes[-1].environ()["LEANSERVE_RUN_DIR"])
+        assert run_dir.stat().st_mode & 0o777 == 0o700
         started = time.monotonic()
         assert server.stop(signal.SIGINT) == 0
         assert time.monotonic() - started < 15
         _, alive = psutil.wait_procs(processes, timeout=5)
         assert not alive
-    assert set(Path(tempfile.gettempdir()).glob("leanserve-*")) == run_dirs
+    assert not run_dir.exists()
     log = (tmp_path / "log").read_text()
     assert "2 x CPU" in log
     assert "curl http://127.0.0.1" in log
