@@ -23,16 +23,18 @@ SPLIT = (
 @pytest.mark.timeout(900)
 def test_the_kernels_pass_in_the_interpreter(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    runs = []
-    for index, names in enumerate(SPLIT):
-        log = (tmp_path / f"{index}.log").open("w+")
+    logs = [tmp_path / f"{index}.log" for index in range(len(SPLIT))]
+    processes = []
+    for log, names in zip(logs, SPLIT, strict=True):
         command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider"]
         command += [str(HERE / name) for name in names]
-        runs.append((subprocess.Popen(command, cwd=HERE.parents[1], env=environment, stdout=log, stderr=log), log))
-    for process, log in runs:
-        status = process.wait()
-        log.seek(0)
-        text = log.read()
+        with log.open("w") as output:
+            processes.append(
+                subprocess.Popen(command, cwd=HERE.parents[1], env=environment, stdout=output, stderr=output)
+            )
+    statuses = [process.wait() for process in processes]
+    for status, log in zip(statuses, logs, strict=True):
+        text = log.read_text()
         assert status == 0, text[-6000:]
         # A skip would mean that the interpreter was not used.
         assert " passed" in text
