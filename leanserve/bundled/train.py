@@ -62,7 +62,7 @@ STAGES = (
     ),
     Stage(
         "long",
-        45,
+        40,
         1.5e-3,
         (
             Level(512, 6, (0.2, 0.95), 0.45, updates=0.3, dilution=128, jumps=4),
