@@ -11,6 +11,7 @@ is a PagedKV with its own pages and their positions. See kernels/README.md.
 """
 
 from lean_attention import reference
+from lean_attention.backend import Backend
 from lean_attention.decode import DecodePlan, lean_decode, plan_decode
 from lean_attention.paged_kv import PagedKV, append_kv
 from lean_attention.prefill import lean_prefill
@@ -18,6 +19,7 @@ from lean_attention.state import AttentionState, merge_states
 
 __all__ = [
     "AttentionState",
+    "Backend",
     "DecodePlan",
     "PagedKV",
     "append_kv",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lean_attention import AttentionState, PagedKV, lean_prefill, merge_states
+from lean_attention import AttentionState, Backend, PagedKV, lean_prefill, merge_states
 from leanserve.distributed.ranks import Ranks
 
 __all__ = ["PrefillShare", "sharded_prefill"]
@@ -39,7 +39,7 @@ def sharded_prefill(
     ranks: Ranks,
     *,
     window: int | None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
     """Causal attention of this rank's L query tokens over every rank's pages.
 

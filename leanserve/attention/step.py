@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lean_attention import DecodePlan, append_kv, plan_decode
+from lean_attention import Backend, DecodePlan, append_kv, plan_decode
 from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.sharded_decode import sharded_decode
 from leanserve.attention.sharded_prefill import PrefillShare, sharded_prefill
@@ -61,7 +61,7 @@ class StepAttention:
         *,
         num_heads: int,
         windows: tuple[int | None, ...],
-        backend: str | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self._layout = layout
         self._shard = shard

@@ -2,6 +2,7 @@
 
 import torch
 
+from lean_attention import Backend
 from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.step import StepAttention
 from leanserve.contracts.batch import Batch, StepResult, step_checksum
@@ -22,7 +23,7 @@ class Runner:
         backend: attention backend, None for the device's own.
     """
 
-    def __init__(self, decoder: Decoder, shard: KvShard, ranks: Ranks, *, backend: str | None = None) -> None:
+    def __init__(self, decoder: Decoder, shard: KvShard, ranks: Ranks, *, backend: Backend | None = None) -> None:
         self._decoder = decoder
         self._shard = shard
         self._ranks = ranks
