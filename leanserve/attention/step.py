@@ -67,7 +67,7 @@ class StepAttention:
         self._shard = shard
         self._ranks = ranks
         self._windows = windows
-        self._backend = backend
+        self._backend: Backend | None = backend
         self._num_decode = layout.decode.num_sequences
         self._plans: dict[int | None, DecodePlan] = {}
         if self._num_decode:

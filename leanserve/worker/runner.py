@@ -27,7 +27,7 @@ class Runner:
         self._decoder = decoder
         self._shard = shard
         self._ranks = ranks
-        self._backend = backend
+        self._backend: Backend | None = backend
         self._live = LiveSequences(ranks.rank, shard.page_tokens)
         self._completed_step = 0
         self._checksum = 0
