@@ -4,6 +4,7 @@ N tokens of a step (all sequences together), C inputs, J outputs of a projection
 """
 
 import platform
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +52,24 @@ def _can_pack(weight_JC: Tensor) -> bool:
         return False
     if weight_JC.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    if not torch.backends.mkldnn.is_available():
+    return _packs(weight_JC.dtype)
+
+
+@lru_cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this torch has packed products for `dtype`, and they are right. They are private to torch: a small one is
+    tried."""
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
-    if weight_JC.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight_JC.dtype == torch.float32
+    x_NC, weight_JC = torch.eye(16, dtype=dtype), torch.arange(256, dtype=torch.float32).to(dtype).view(16, 16)
+    try:
+        if dtype == torch.bfloat16 and not ops._is_mkldnn_bf16_supported():
+            return False
+        product = ops._linear_pointwise(x_NC, ops._reorder_linear_weight(weight_JC, None), None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(product, weight_JC.T)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -35,7 +35,7 @@ def test_the_public_names_are_the_ones_that_are_documented():
     import lean_attention
 
     assert set(lean_attention.__all__) == {
-        "AttentionState", "Backend", "DecodePlan", "PagedKV", "append_kv", "lean_decode", "lean_prefill", "merge_states",
-        "plan_decode", "reference",
+        "AttentionState", "Backend", "DecodePlan", "PagedKV", "append_kv", "lean_decode", "lean_prefill",
+        "merge_states", "plan_decode", "reference",
     }  # fmt: skip
     assert all(hasattr(lean_attention, name) for name in lean_attention.__all__)
