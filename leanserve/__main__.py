@@ -132,6 +132,12 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="The name clients use. Default: as given.", rich_help_panel=HTTP)
     ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure", help="Allow an address that other machines reach; there is no key.", rich_help_panel=HTTP
+        ),
+    ] = False,
     ranks: Ranks = "auto",
     device: DeviceOption = DeviceChoice.auto,
     comm: CommOption = CommChoice.auto,
@@ -159,6 +165,7 @@ def serve(
         host=host,
         port=port,
         served_model_name=served_model_name,
+        insecure=insecure,
         launch=LaunchOptions(
             model=model,
             ranks=_count_or_auto("--ranks", ranks),

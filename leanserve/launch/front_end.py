@@ -1,6 +1,7 @@
 """The process a user starts with `leanserve serve`: HTTP and text here, ranks as children. Imports no torch."""
 
 import asyncio
+import ipaddress
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from leanserve import __version__
 from leanserve.bundled import EXAMPLE_PROMPT
-from leanserve.contracts.errors import EngineError
+from leanserve.contracts.errors import ConfigError, EngineError
 from leanserve.contracts.messages import EngineInfo
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.lifeline import when_gone
@@ -50,10 +51,26 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: str | None = None
+    insecure: bool = False
+    """Listen beyond this machine although nobody has to show a key."""
+
+    def __post_init__(self) -> None:
+        if not (self.insecure or _is_loopback(self.host)):
+            raise ConfigError(
+                f"host {self.host} can be reached from other machines, and this server asks nobody for a key; use "
+                "127.0.0.1 behind a proxy that does, or add --insecure"
+            )
 
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.launch.model or BUNDLED_NAME
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def started_by_torchrun() -> bool:

@@ -143,6 +143,8 @@ def test_a_taken_port_is_reported_before_anything_loads(model_dir):
         (("--comm", "nccl", "--device", "cpu"), "needs GPUs"),
         (("--device", "cuda"), "CPU build"),
         (("--prot", "1"), "No such option"),
+        (("--host", "0.0.0.0"), "add --insecure"),
+        (("--host", "::"), "add --insecure"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
