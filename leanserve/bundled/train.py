@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -96,7 +98,7 @@ def loss_of(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class Trainer:
-    """One run in one directory: OUT/state.pt to go on from, OUT/log.jsonl, and a checkpoint per finished stage."""
+    """One run in one directory: OUT/state.safetensors to go on from, OUT/log.jsonl, a checkpoint per finished stage."""
 
     def __init__(self, out: Path, tokenizer_dir: Path, shape: Shape | None = None, seed: int = 1) -> None:
         self.out = out
@@ -117,7 +119,7 @@ class Trainer:
         self.step = self.stage = self.level = 0
         self.stage_seconds = self.total_seconds = 0.0
         self.accuracy = 0.0
-        if (out / "state.pt").exists():
+        if (out / "state.safetensors").exists():
             self._restore()
 
     def train_step(self, level: Level, learning_rate: float) -> float:
@@ -206,19 +208,32 @@ class Trainer:
     _PROGRESS = ("step", "stage", "level", "stage_seconds", "total_seconds", "accuracy")
 
     def _remember(self) -> None:
-        state: dict[str, object] = {"network": self.network.state_dict()}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        state |= {name: getattr(self, name) for name in self._PROGRESS}
-        torch.save(state, self.out / "state.partial")
-        (self.out / "state.partial").replace(self.out / "state.pt")
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for parameter, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{parameter}.{name}": moment for name, moment in moments.items()}
+        progress = json.dumps({name: getattr(self, name) for name in self._PROGRESS})
+        # Cloned: safetensors refuses tensors that share memory, as tied embeddings do.
+        copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(copies, self.out / "state.partial", metadata={"progress": progress})
+        (self.out / "state.partial").replace(self.out / "state.safetensors")
 
     def _restore(self) -> None:
-        state = torch.load(self.out / "state.pt", map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        for optimizer, remembered in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(remembered)
+        with safe_open(self.out / "state.safetensors", framework="pt", device=str(self.device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            progress = json.loads(file.metadata()["progress"])
+        prefix = "network."
+        self.network.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        for number, optimizer in enumerate(self.optimizers):
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                if name.startswith(f"optimizer.{number}."):
+                    _, _, parameter, moment = name.split(".")
+                    moments.setdefault(int(parameter), {})[moment] = tensor
+            # The groups hold settings, and those are this code's own.
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         for name in self._PROGRESS:
-            setattr(self, name, state[name])
+            setattr(self, name, progress[name])
 
 
 def main() -> None:

@@ -136,6 +136,10 @@ def test_a_run_ends_with_a_checkpoint_and_goes_on_where_it_was(tmp_path: Path) -
     again = Trainer(tmp_path, bundled_model_dir(), TINY)
     assert (again.step, again.stage) == (trainer.step, 1)
     assert torch.equal(first.model.norm.weight, again.network.model.norm.weight.bfloat16().float())
+    for before, after in zip(trainer.optimizers, again.optimizers, strict=True):
+        old, new = before.state_dict()["state"], after.state_dict()["state"]
+        assert old.keys() == new.keys() != set()
+        assert all(torch.equal(old[i][name], new[i][name]) for i in old for name in old[i])
     again.run(stages[:1])
     assert again.step == trainer.step, "a finished stage is not trained again"
     again.run(stages)
