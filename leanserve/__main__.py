@@ -1,4 +1,4 @@
-"""The command line: serve | generate | bench."""
+"""The command line: serve | generate | loadtest | bench."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ import typer
 from leanserve import __version__
 from leanserve.bench.commands import bench_app
 from leanserve.contracts.errors import LeanServeError
+from leanserve.loadtest.commands import loadtest_app
 
 __all__ = ["main"]
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(loadtest_app, name="loadtest")
 app.add_typer(bench_app, name="bench")
 
 
