@@ -59,7 +59,7 @@ async def check_correctness(
     timeout_s: float,
     repeated: Callable[[int], None] = lambda done: None,
 ) -> Correctness:
-    """Count needles, and ask at most `repeat` successful requests, chosen at random, again; `repeated` is told of each."""
+    """Count needles, and ask at most `repeat` successful requests again. `repeated` is told of each."""
     asked = [record for record in records if record.needle_found is not None]
     found = Correctness(
         needles_asked=len(asked),

@@ -21,7 +21,7 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class PositionBin(msgspec.Struct, frozen=True):
-    """Gaps whose token stood at a context position in [first, last]."""
+    """Gaps before tokens whose context had from `first` to `last` tokens."""
 
     first: int
     last: int
@@ -50,7 +50,7 @@ def fit_prefill(good: Sequence[Record]) -> Line | None:
 
 def gaps_by_position(good: Sequence[Record]) -> list[PositionBin]:
     """Bins of equal width over the positions of all gaps; empty ones are left out."""
-    positions = [record.context_tokens + np.cumsum(record.chunk_tokens)[1:] for record in good if record.chunk_ms]
+    positions = [record.context_tokens + np.cumsum(record.chunk_tokens)[:-1] for record in good if record.chunk_ms]
     gaps = [np.diff(record.chunk_ms) for record in good if record.chunk_ms]
     if not positions or not (position := np.concatenate(positions)).size:
         return []

@@ -95,8 +95,8 @@ def distribution(values: Iterable[float]) -> Distribution:
     sample = np.fromiter(values, float)
     if not len(sample):
         return Distribution()
-    percentiles = (float(found) for found in np.percentile(sample, (50, 90, 95, 99)))
-    return Distribution(len(sample), float(sample.mean()), *percentiles, float(sample.max()))
+    p50, p90, p95, p99 = (float(found) for found in np.percentile(sample, (50, 90, 95, 99)))
+    return Distribution(len(sample), float(sample.mean()), p50, p90, p95, p99, float(sample.max()))
 
 
 def measure(records: Sequence[Record], slo: Slo) -> Measures:

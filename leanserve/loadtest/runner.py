@@ -47,6 +47,8 @@ class RunResult:
     """What each request that was sent asked, by index, to ask it again alone."""
     client: ClientLoad
     server: ServerSamples
+    origin_ns: int
+    """The run's start on time.perf_counter_ns, which all processes of a machine share."""
     interrupted: bool
     """Ended by the user; requests under way are not in the records."""
 
@@ -77,7 +79,7 @@ async def run_workload(
         gc.unfreeze()
     await scraper.settle()
     run.records.sort(key=lambda record: record.index)
-    return RunResult(run.records, run.bodies, sampler.load, scraper.samples(run.origin_ns), interrupted)
+    return RunResult(run.records, run.bodies, sampler.load, scraper.samples(run.origin_ns), run.origin_ns, interrupted)
 
 
 class _Run:

@@ -100,8 +100,8 @@ class Workload:
             raise ConfigError(
                 f"{len(too_long)} of {len(self.conversations)} conversations cannot fit: the longest needs "
                 f"{worst.longest_tokens - output:,} prompt + {output:,} output = {worst.longest_tokens:,} tokens"
-                f"{turns}, and the server's limit is {limit_tokens:,}; ask for at most {max(0, limit_tokens - output):,} prompt "
-                "tokens, or start the server with a higher limit"
+                f"{turns}, and the server's limit is {limit_tokens:,}; ask for at most "
+                f"{max(0, limit_tokens - output):,} prompt tokens, or start the server with a higher limit"
             )
 
 
