@@ -32,26 +32,22 @@ class _RunByDefault(TyperGroup):
 
 loadtest_app = typer.Typer(cls=_RunByDefault, no_args_is_help=True, help="Load test an OpenAI-compatible server.")
 
-SERVER, WORKLOAD, ARRIVALS, TRAFFIC, CHECKS = "Server", "Workload", "Arrivals", "Difficult clients", "Checks and output"
+LOAD, PROMPTS, ARRIVALS, CHECKS = "Load", "Prompts", "Arrivals", "Checks and output"
+TRAFFIC, SERVER = "Difficult clients", "Server"
 
-Requests = Annotated[int, typer.Option(min=1, help="How many.", rich_help_panel=WORKLOAD)]
-PromptTokens = Annotated[
-    str,
-    typer.Option(
-        metavar="LENGTHS",
-        help="512; 512-4k (uniform); lognormal:2k:0.8 (median, sigma, [max]); 512,2k,16k (in turn); "
-        "95%:512,5%:128k (by share).",
-        rich_help_panel=WORKLOAD,
-    ),
+Requests = Annotated[int, typer.Option(min=1, metavar="N", help="How many.", rich_help_panel=LOAD)]
+PromptTokens = Annotated[str, typer.Option(metavar="LENGTHS", help="Of each prompt.", rich_help_panel=LOAD)]
+OutputTokens = Annotated[str, typer.Option(metavar="LENGTHS", help="Of each answer.", rich_help_panel=LOAD)]
+Seed = Annotated[int, typer.Option(metavar="N", help="Equal seeds give equal requests.", rich_help_panel=LOAD)]
+TokenIds = Annotated[
+    str, typer.Option(metavar="FIRST-LAST", help="Token ids that prompts are made of.", rich_help_panel=PROMPTS)
 ]
-OutputTokens = Annotated[str, typer.Option(metavar="LENGTHS", help="In the same forms.", rich_help_panel=WORKLOAD)]
-Seed = Annotated[int, typer.Option(help="Equal seeds give equal requests and times.", rich_help_panel=WORKLOAD)]
 Out = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
         file_okay=False,
-        help="Write report.html, summary.json, requests.jsonl and PNGs here.",
+        help="For report.html, summary.json, requests.jsonl and PNGs.",
         rich_help_panel=CHECKS,
     ),
 ]
@@ -63,89 +59,89 @@ def run(
     requests: Requests = 40,
     prompt_tokens: PromptTokens = "512",
     output_tokens: OutputTokens = "64",
+    concurrency: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Closed loop: requests at once. Default: 4.", rich_help_panel=LOAD),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="Open loop: requests/s, come what may.", rich_help_panel=LOAD),
+    ] = None,
     seed: Seed = 1,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="LOADS", help="rate=1,2,4 or concurrency=1,2,4: a run at each.", rich_help_panel=LOAD),
+    ] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option(metavar="LIMITS", help="What goodput keeps: ttft=2s,tpot=50ms,e2e=9s.", rich_help_panel=LOAD),
+    ] = None,
     prompts: Annotated[
         Literal["ids", "text"],
-        typer.Option(
-            help="Token ids have an exact length; text has it for the bundled model.", rich_help_panel=WORKLOAD
-        ),
+        typer.Option(help="text is of exact length for the bundled model.", rich_help_panel=PROMPTS),
     ] = "ids",
     needles: Annotated[
-        float,
-        typer.Option(
-            metavar="SHARE", help="Of the requests, ask for a fact in a document, 0 to 1.", rich_help_panel=WORKLOAD
-        ),
+        float, typer.Option(metavar="SHARE", help="Of all: ask for a fact in a document.", rich_help_panel=PROMPTS)
     ] = 0.0,
     shared_prefix_tokens: Annotated[
-        str, typer.Option(metavar="N", help="All prompts begin with these.", rich_help_panel=WORKLOAD)
+        str, typer.Option(metavar="N", help="All prompts begin with the same.", rich_help_panel=PROMPTS)
     ] = "0",
-    turns: Annotated[int, typer.Option(min=1, help="Requests of one conversation.", rich_help_panel=WORKLOAD)] = 1,
+    turns: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Requests of one conversation.", rich_help_panel=PROMPTS)
+    ] = 1,
     turn_tokens: Annotated[
-        str, typer.Option(metavar="LENGTHS", help="What a later turn adds.", rich_help_panel=WORKLOAD)
+        str, typer.Option(metavar="LENGTHS", help="What each later turn adds.", rich_help_panel=PROMPTS)
     ] = "64",
-    token_range: Annotated[
-        str, typer.Option(metavar="FIRST-LAST", help="Ids that prompts are made of.", rich_help_panel=WORKLOAD)
-    ] = "1000-1999",
+    token_range: TokenIds = "1000-1999",
     trace: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             dir_okay=False,
-            help="JSONL: timestamp_s, prompt_tokens, output_tokens; or Mooncake's. At most --requests.",
-            rich_help_panel=WORKLOAD,
+            help="JSONL of timestamp_s, prompt_tokens, output_tokens.",
+            rich_help_panel=PROMPTS,
         ),
     ] = None,
-    concurrency: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Closed loop: requests at once. Default: 4.", rich_help_panel=ARRIVALS),
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(metavar="R", help="Open loop: requests/s, come what may.", rich_help_panel=ARRIVALS)
-    ] = None,
-    arrival: Annotated[
-        ArrivalKind, typer.Option(help="Of the open loop's times.", rich_help_panel=ARRIVALS)
-    ] = "poisson",
-    burstiness: Annotated[float, typer.Option(help="gamma: variance over Poisson's.", rich_help_panel=ARRIVALS)] = 4.0,
+    arrival: Annotated[ArrivalKind, typer.Option(help="Times of --rate.", rich_help_panel=ARRIVALS)] = "poisson",
+    burstiness: Annotated[
+        float, typer.Option(metavar="X", help="gamma: variance over Poisson's.", rich_help_panel=ARRIVALS)
+    ] = 4.0,
     ramp_to: Annotated[
         float | None, typer.Option(metavar="R", help="ramp: the rate at the end.", rich_help_panel=ARRIVALS)
     ] = None,
-    sweep: Annotated[
-        str | None,
-        typer.Option(metavar="LOADS", help="rate=1,2,4 or concurrency=1,2,4: one run each.", rich_help_panel=ARRIVALS),
-    ] = None,
-    slo: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIMITS", help="ttft=2s,tpot=50ms,e2e=30s: what goodput counts.", rich_help_panel=ARRIVALS
-        ),
-    ] = None,
     cancel: Annotated[
-        float, typer.Option(metavar="SHARE", help="Of the requests, leave before the end.", rich_help_panel=TRAFFIC)
+        float, typer.Option(metavar="SHARE", help="Of all: leave before the end.", rich_help_panel=TRAFFIC)
     ] = 0.0,
     slow_readers: Annotated[
-        float, typer.Option(metavar="SHARE", help="Of the requests, read 2 KiB/s.", rich_help_panel=TRAFFIC)
+        float, typer.Option(metavar="SHARE", help="Of all: read 2 KiB/s.", rich_help_panel=TRAFFIC)
     ] = 0.0,
+    warmup: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Requests before it counts.", rich_help_panel=CHECKS)
+    ] = 1,
+    repeat: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Answers to compare with the same alone.", rich_help_panel=CHECKS)
+    ] = 4,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Of a request.", rich_help_panel=CHECKS)] = 600.0,
+    out: Out = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="LEANSERVE_API_KEY", show_envvar=True, rich_help_panel=SERVER)
+        str | None,
+        typer.Option(metavar="KEY", envvar="LEANSERVE_API_KEY", show_envvar=True, rich_help_panel=SERVER),
     ] = None,
     endpoint: Annotated[Literal["completions", "chat"], typer.Option(rich_help_panel=SERVER)] = "completions",
-    model: Annotated[str | None, typer.Option(help="Default: the first listed.", rich_help_panel=SERVER)] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Default: the first listed.", rich_help_panel=SERVER)
+    ] = None,
     max_context_tokens: Annotated[
         str | None, typer.Option(metavar="N", help="Where the server does not say.", rich_help_panel=SERVER)
     ] = None,
     extra_body: Annotated[
         str | None, typer.Option(metavar="JSON", help="Merged into every request.", rich_help_panel=SERVER)
     ] = None,
-    warmup: Annotated[int, typer.Option(min=0, help="Requests that do not count.", rich_help_panel=CHECKS)] = 1,
-    repeat: Annotated[
-        int, typer.Option(min=0, help="Answers to ask for again alone, and compare.", rich_help_panel=CHECKS)
-    ] = 4,
-    timeout: Annotated[float, typer.Option(metavar="S", help="For one request.", rich_help_panel=CHECKS)] = 600.0,
-    out: Out = None,
 ) -> None:
     """Load test an OpenAI-compatible server: latencies, throughput, right answers.
 
-    Also: `leanserve loadtest compare A B`, `leanserve loadtest scaling --ranks 1,2,4`.
+    LENGTHS: 512 | 512-4k | 512,2k,16k | 95%:512,5%:128k | lognormal:2k:0.8
+    (median, sigma). Commands of their own: compare A B; scaling --ranks 1,2,4.
     """
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
     del settings["api_key"]
@@ -229,10 +225,8 @@ def scaling(
     requests: Requests = 16,
     prompt_tokens: PromptTokens = "4k",
     output_tokens: OutputTokens = "64",
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.", rich_help_panel=ARRIVALS)] = 4,
-    token_range: Annotated[
-        str, typer.Option(metavar="FIRST-LAST", help="Ids that prompts are made of.", rich_help_panel=WORKLOAD)
-    ] = "1000-1999",
+    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at once.", rich_help_panel=LOAD)] = 4,
+    token_range: TokenIds = "1000-1999",
     seed: Seed = 1,
     out: Out = None,
 ) -> None:

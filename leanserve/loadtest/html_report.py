@@ -28,7 +28,7 @@ h1 { font-size: 26px; line-height: 1.25; margin: 0 0 4px; letter-spacing: -.01em
 h2 { font-size: 17px; margin: 0 0 2px; }
 section { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 20px 24px; margin-top: 18px; }
 section > p { margin: 0 0 12px; color: var(--muted); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 20px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); gap: 12px; margin-top: 20px; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; }
 .card b { display: block; font-size: 23px; font-weight: 650; letter-spacing: -.01em; }
 .card span { color: var(--muted); font-size: 13px; }
@@ -36,7 +36,8 @@ section > p { margin: 0 0 12px; color: var(--muted); }
 .warnings { border-color: #f3cf9b; background: #fffaf2; }
 .warnings ul { margin: 6px 0 0; padding-left: 20px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: right; padding: 6px 9px; border-bottom: 1px solid var(--line); vertical-align: baseline; }
+.numbers td:not(.formula) { white-space: nowrap; }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--muted); font-weight: 500; font-size: 13px; }
 th:first-child, td:first-child, .left { text-align: left; }
@@ -44,6 +45,7 @@ td:first-child { font-weight: 550; white-space: nowrap; }
 .formula { color: var(--muted); font-size: 13px; text-align: left; }
 .scroll { overflow-x: auto; }
 svg { width: 100%; height: auto; display: block; }
+svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
 code { font: 13px ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 footer { color: var(--muted); font-size: 13px; margin-top: 20px; }
 """
@@ -117,7 +119,8 @@ def _latencies(report: Report) -> str:
     heads = "".join(f"<th>{name}</th>" for name in ("", "mean", "p50", "p90", "p95", "p99", "max"))
     return (
         "<section><h2>Latency</h2><p>Of successful requests; what each figure is stands beside it.</p>"
-        f'<div class="scroll"><table><tr>{heads}<th class="left">formula</th></tr>{"".join(rows)}</table></div></section>'
+        f'<div class="scroll"><table class="numbers"><tr>{heads}<th class="left">formula</th></tr>'
+        f"{''.join(rows)}</table></div></section>"
     )
 
 

@@ -27,6 +27,7 @@ FORMULAS = {
     "slo_share": "successful requests that keep every SLO / requests that were neither cancelled nor read slowly",
     "input_tokens_per_s": "prompt tokens of successful requests / duration",
     "output_tokens_per_s": "output tokens of successful requests / duration",
+    "tokens_per_chunk": "tokens of all chunks / chunks that carry tokens; 1 where the server sends no ids",
     "prefill": "TTFT = queue + slope x uncached prompt tokens / 1000, Theil-Sen fit",
     "decode": "gap = base + slope x context position / 1000, least squares over medians of equal bins",
     "longest_stall": "longest gap of a running stream that overlaps another request's [sent, first token] "

@@ -9,18 +9,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from leanserve.loadtest.progress import line_text
 from leanserve.loadtest.record import Record
 from leanserve.loadtest.report import Report
 from leanserve.loadtest.scrape import ServerSamples
 from leanserve.loadtest.slo import tpot_ms
 from leanserve.loadtest.sweep import Sweep
 
-__all__ = ["BLUE", "ORANGE", "STYLE", "TEAL", "Plot", "plots_of"]
+__all__ = ["BLUE", "MUTED", "ORANGE", "STYLE", "TEAL", "Plot", "plots_of"]
 
 INK, MUTED, GRID = "#1b2230", "#6b7486", "#e6e9ef"
 BLUE, ORANGE, TEAL, RED, PALE = "#2f6fed", "#f08c2e", "#14a38b", "#d64550", "#b9cdf8"
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
@@ -34,7 +35,7 @@ STYLE: dict[str, Any] = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "legend.frameon": False,
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",
 }
 _MAX_BARS = 400
 
@@ -105,7 +106,7 @@ def _timeline(records: Sequence[Record]) -> Plot | None:
     for outcome in sorted({record.outcome for record in shown} - {"ok"}):
         axes.bar(0, 0, color=others[outcome][1], label=others[outcome][0])
     axes.set(xlabel="seconds from the start", ylabel="request", ylim=(len(shown) - 0.4, -0.6), yticks=[])
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max(record.end_s for record in shown) * 1.01)
     axes.grid(axis="y", visible=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.35 / figure.get_figheight()), ncols=5)
     cut = f" The first {_MAX_BARS} of {len(timed)}." if len(timed) > _MAX_BARS else ""
@@ -130,7 +131,9 @@ def _ttft(report: Report, records: Sequence[Record]) -> Plot | None:
     if (line := report.measures.prefill) is not None:
         x = np.geomspace(min(tokens), max(tokens), 100)
         y = line.at_zero_ms + line.per_1k_tokens_ms * x / 1000
-        axes.plot(x[y > 0], y[y > 0], color=ORANGE, label=f"{line.per_1k_tokens_ms:.3g} ms per 1k tokens")
+        axes.plot(
+            x[y > 0], y[y > 0], color=ORANGE, label=line_text(line.at_zero_ms, line.per_1k_tokens_ms, "1k tokens")
+        )
     axes.set(xlabel="prompt tokens", ylabel="time to first token")
     axes.legend(loc="upper left")
     return "ttft", "Time to first token", "From the intended start, against the prompt's length.", figure
@@ -143,13 +146,13 @@ def _decode(report: Report) -> Plot | None:
     middle = [(found.first + found.last) / 2 for found in bins]
     figure, (axes,) = _new(3.4)
     low, high = [found.p10_ms for found in bins], [found.p90_ms for found in bins]
-    axes.fill_between(middle, low, high, color=PALE, alpha=0.6, linewidth=0, label="p10 to p90")
-    axes.plot(middle, [found.p50_ms for found in bins], color=BLUE, marker="o", markersize=4, label="median")
+    axes.vlines(middle, low, high, color=PALE, linewidth=4, label="p10 to p90")
+    axes.plot(middle, [found.p50_ms for found in bins], "o", color=BLUE, markersize=5, label="median")
     if (line := report.measures.decode) is not None:
         x = np.array([middle[0], middle[-1]])
-        label = f"{line.at_zero_ms:.3g} ms + {line.per_1k_tokens_ms:.3g} ms per 1k"
+        label = line_text(line.at_zero_ms, line.per_1k_tokens_ms, "1k of context")
         axes.plot(x, line.at_zero_ms + line.per_1k_tokens_ms * x / 1000, color=ORANGE, label=label)
-    axes.set(xlabel="tokens in the context", ylabel="time per token", ylim=(0, max(high) * 1.15))
+    axes.set(xlabel="tokens in the context", ylabel="time per token", ylim=(0, max(high) * 1.2))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(_seconds))
     axes.legend(loc="upper left", ncols=3)
@@ -197,19 +200,22 @@ def _server(samples: ServerSamples) -> Plot | None:
     at_s = [sample.at_s for sample in taken]
     for name, colour in (("running", BLUE), ("waiting", ORANGE)):
         load.step(at_s, [getattr(s, name) or 0 for s in taken], where="post", color=colour, label=name)
-    load.set(xlabel="seconds from the start", title="requests", ylim=(0, None))
-    load.legend(loc="upper right")
+    load.set(xlabel="seconds from the start", title="requests")
+    load.legend(loc="upper right", ncols=2)
     ranks = sorted({rank for sample in taken for rank in sample.kv_per_rank or {}}, key=lambda rank: (len(rank), rank))
     for place, rank in enumerate(ranks):
         colour = (BLUE, ORANGE, TEAL, RED, INK, MUTED)[place % 6]
         held = [(s.kv_per_rank or {}).get(rank, 0) for s in taken]
-        memory.step(at_s, held, where="post", color=colour, label=f"rank {rank}", linewidth=2 - 0.8 * (place % 2))
+        dashes = "--" if place % 2 else "-"  # equal shares lie on each other
+        memory.step(at_s, held, dashes, where="post", color=colour, label=f"rank {rank}")
     if ranks:
-        memory.legend(loc="upper right", ncols=1 + len(ranks) // 6)
-        memory.set(xlabel="seconds from the start", title="KV use by rank", ylim=(0, None))
+        memory.legend(loc="upper right", ncols=4)
+        memory.set(xlabel="seconds from the start", title="KV use by rank")
     else:
         memory.step(at_s, [sample.kv_use or 0 for sample in taken], where="post", color=BLUE)
-        memory.set(xlabel="seconds from the start", title="KV use", ylim=(0, None))
+        memory.set(xlabel="seconds from the start", title="KV use")
+    for axes in (load, memory):
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.2)
     return "server", "The server's own account", f"Sampled each second from {samples.source}.", figure
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from leanserve.loadtest.measures import distribution
 from leanserve.loadtest.runner import Live
 
-__all__ = ["Display"]
+__all__ = ["Display", "duration", "line_text"]
 
 _INTERVAL_S = 0.5
 _RECENT = 1000
@@ -73,7 +73,14 @@ def progress_line(live: Live, title: str, elapsed_s: float) -> Text:
 
 
 def duration(value_ms: float) -> str:
-    """A time with three digits: 0.84 ms, 31.2 ms, 2.41 s."""
-    if value_ms >= 1000:
-        return f"{value_ms / 1000:.3g} s" if value_ms < 1e6 else f"{value_ms / 1000:,.0f} s"
-    return f"{value_ms:.3g} ms"
+    """A time with three digits: 0.06 ms, 31.2 ms, 2.41 s."""
+    size = abs(value_ms)
+    if size >= 1000:
+        return f"{value_ms / 1000:.3g} s" if size < 1e6 else f"{value_ms / 1000:,.0f} s"
+    return f"{value_ms:.3g} ms" if size >= 1 else f"{value_ms:.2f} ms"
+
+
+def line_text(at_zero_ms: float, per_1k_tokens_ms: float, unit: str) -> str:
+    """A fitted line in words: 401 ms + 1.36 s per 1k prompt tokens."""
+    sign = "-" if per_1k_tokens_ms < 0 else "+"
+    return f"{duration(at_zero_ms)} {sign} {duration(abs(per_1k_tokens_ms))} per {unit}"

@@ -5,7 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from leanserve.loadtest.measures import FORMULAS, Distribution
-from leanserve.loadtest.progress import duration
+from leanserve.loadtest.progress import duration, line_text
 from leanserve.loadtest.report import Report
 from leanserve.loadtest.sweep import Sweep
 
@@ -32,12 +32,14 @@ def print_report(report: Report, console: Console) -> None:
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for name in ("", "mean", "p50", "p90", "p95", "p99", "max"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    table.add_column("formula", style="dim", overflow="fold")
     for field, name in LATENCIES.items():
         found: Distribution = getattr(measures, field)
-        table.add_row(name, *_cells(found), FORMULAS[field])
-    table.add_row("client lag", *_cells(report.client_lag_ms), FORMULAS["client_lag_ms"])
+        table.add_row(name, *_cells(found))
+    table.add_row("client lag", *_cells(report.client_lag_ms))
     console.print(table)
+    for field, name in (LATENCIES | {"client_lag_ms": "client lag"}).items():
+        console.print(f"[dim] {name} = {FORMULAS[field]}[/]", highlight=False)
+    console.print()
     facts = Table(box=None, padding=(0, 1), show_header=False)
     facts.add_column(no_wrap=True)
     facts.add_column(overflow="fold")
@@ -80,10 +82,10 @@ def facts_of(report: Report) -> list[tuple[str, str, str]]:
         ),
         (
             "output",
-            f"{measures.output_tokens_per_s:,.1f} tokens/s ({measures.output_tokens:,} tokens, "
-            f"{measures.tokens_per_chunk:.3g} a chunk)",
+            f"{measures.output_tokens_per_s:,.1f} tokens/s ({measures.output_tokens:,} tokens)",
             FORMULAS["output_tokens_per_s"],
         ),
+        ("chunks", f"{measures.tokens_per_chunk:.3g} tokens each", FORMULAS["tokens_per_chunk"]),
     ]
     if measures.cached_tokens is not None:
         share = measures.cached_tokens / max(1, measures.input_tokens)
@@ -94,18 +96,13 @@ def facts_of(report: Report) -> list[tuple[str, str, str]]:
     ):
         value = "not fitted: lengths differ too little"
         if line is not None:
-            value = f"{duration(line.at_zero_ms)} + {line.per_1k_tokens_ms:.3g} ms per {what}"
+            value = line_text(line.at_zero_ms, line.per_1k_tokens_ms, what)
         facts.append((name, value, FORMULAS[name]))
     if (stall := measures.longest_stall) is not None:
         usual = f" (usual gap {duration(stall.typical_gap_ms)})" if stall.typical_gap_ms else ""
-        facts.append(
-            (
-                "longest stall",
-                f"{duration(stall.gap_ms)}{usual}: request {stall.stream} at token {stall.token}, while request "
-                f"{stall.prefill} prefilled {stall.prefill_tokens:,} tokens",
-                FORMULAS["longest_stall"],
-            )
-        )
+        where = f"request {stall.stream} at token {stall.token}, while request {stall.prefill} prefilled"
+        value = f"{duration(stall.gap_ms)}{usual}: {where} {stall.prefill_tokens:,} tokens"
+        facts.append(("longest stall", value, FORMULAS["longest_stall"]))
     facts.append(("client CPU", f"{report.client_cpu:.1%} of a core", FORMULAS["client_cpu"]))
     if measures.errors:
         kinds = ", ".join(f"{kind}: {count}" for kind, count in measures.errors_by_kind.items())

@@ -6,7 +6,8 @@ Run as a script: `mock_server.py LOG` prints its port. Each request's answer fol
     gap_ms           between tokens, plus decode_ms_per_1k for each 1000 tokens of context
     stall            [token, ms]: one longer gap before this token
     tokens_per_chunk, keep_alive (a comment first), error_after (tokens, then an error frame), cut_after (tokens, then
-    the connection drops), status (an HTTP error instead)
+    the connection drops), status (an HTTP error instead), refuse (fields answered with 400), drift (requests answer
+    differently while others run: this many tokens are right)
 
 Defaults for all requests come from the command line as JSON; `freeze` [at_s, for_s] there stops the whole process that
 long after the first request. The log has one JSON line a request: its id and time.perf_counter_ns of every chunk.
@@ -62,7 +63,13 @@ class MockServer:
         if "status" in plan:
             self.reply(writer, plan["status"], b'{"error": {"message": "the mock was told to fail", "code": "told"}}')
             return
-        prompt = body["prompt"]
+        refused = [field for field in plan.get("refuse", []) if field in body]
+        if refused:
+            message = json.dumps({"detail": f"{refused[0]} is not permitted"}).encode()
+            self.reply(writer, 422, message)
+            return
+        chat = "messages" in body
+        prompt = body["messages"][0]["content"] if chat else body["prompt"]
         prompt_tokens = len(prompt) if isinstance(prompt, list) else len(prompt.split())
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         if plan.get("keep_alive"):
@@ -71,6 +78,7 @@ class MockServer:
         due = loop.time() + (plan["ttft_ms"] + plan.get("prefill_ms_per_1k", 0) * prompt_tokens / 1000) / 1000
         sent: list[int] = []
         self.running += 1
+        right_tokens = plan.get("drift", 10**9) if self.running > 1 else 10**9
         try:
             per_chunk = plan.get("tokens_per_chunk", 1)
             count = body["max_tokens"]
@@ -87,9 +95,11 @@ class MockServer:
                 if plan.get("cut_after") == start:
                     writer.transport.abort()
                     return
-                ids = [token % 97 for token in range(start, min(count, start + per_chunk))]
+                ids = [token % 97 + (token >= right_tokens) for token in range(start, min(count, start + per_chunk))]
                 last = start + per_chunk >= count
-                choice = {"index": 0, "text": " word" * len(ids), "finish_reason": "length" if last else None}
+                choice = {"index": 0, "finish_reason": "length" if last else None}
+                text = "".join([f" word{token}" for token in ids])
+                choice |= {"delta": {"content": text}} if chat else {"text": text}
                 if body.get("return_token_ids"):
                     choice["token_ids"] = ids
                 sent.append(time.perf_counter_ns())

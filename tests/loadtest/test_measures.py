@@ -10,7 +10,6 @@ import json
 import numpy as np
 import pytest
 
-from known_server import KnownServer, known_server
 from leanserve.loadtest.arrivals import ClosedLoop, OpenLoop
 from leanserve.loadtest.http_stream import Address
 from leanserve.loadtest.lengths import Lengths
@@ -20,6 +19,7 @@ from leanserve.loadtest.runner import Live, RunResult, run_workload
 from leanserve.loadtest.slo import Slo
 from leanserve.loadtest.target import find_target
 from leanserve.loadtest.workload import WorkloadOptions, write_workload
+from loadtest.known_server import KnownServer, known_server
 
 
 def run(server: KnownServer, arrivals: OpenLoop | ClosedLoop, timeout_s: float = 60, **options) -> RunResult:
