@@ -29,7 +29,7 @@ _NAMES = {
     "cache_queries": ("prefix_cache_queries", "prefix_cache_queries_total"),
     "cache_hits": ("prefix_cache_hits", "prefix_cache_hits_total"),
 }
-_PER_RANK = re.compile(r"kv_(cache_)?(usage|use|pages|pages_used|used_pages|cache_usage_perc)\w*$")
+_PER_RANK = ("kv_cache_pages_used", "kv_cache_usage_perc")
 
 
 class Sample(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -73,7 +73,7 @@ def read_metrics(text: str, at_s: float) -> Sample:
         except ValueError:
             continue
         labels = dict(_LABEL.findall(match[2] or ""))
-        if "rank" in labels and _PER_RANK.search(name):
+        if "rank" in labels and name in _PER_RANK:
             per_rank = sample.kv_per_rank = sample.kv_per_rank or {}
             per_rank[labels["rank"]] = value
         for field, names in _NAMES.items():

@@ -40,7 +40,7 @@ class MockServer:
                 await self.complete(json.loads(body), headers.get("x-request-id", ""), writer)
             elif path == "/metrics":
                 text = f'mock:num_requests_running{{model="mock"}} {self.running}\n' + "".join(
-                    f'mock:kv_pages_used{{rank="{rank}"}} {self.running * (rank + 1)}\n' for rank in range(2)
+                    f'mock:kv_cache_pages_used{{rank="{rank}"}} {self.running * (rank + 1)}\n' for rank in range(2)
                 )
                 self.reply(writer, 200, text.encode())
             else:
@@ -69,6 +69,7 @@ class MockServer:
             self.reply(writer, 422, message)
             return
         chat = "messages" in body
+        envelope = {"id": "x", "model": "mock", "object": "chat.completion.chunk" if chat else "text_completion"}
         prompt = body["messages"][0]["content"] if chat else body["prompt"]
         prompt_tokens = len(prompt) if isinstance(prompt, list) else len(prompt.split())
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -103,10 +104,10 @@ class MockServer:
                 if body.get("return_token_ids"):
                     choice["token_ids"] = ids
                 sent.append(time.perf_counter_ns())
-                self.send(writer, b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+                self.send(writer, b"data: " + json.dumps(envelope | {"choices": [choice]}).encode() + b"\n\n")
                 await writer.drain()
             usage = {"prompt_tokens": prompt_tokens, "completion_tokens": count}
-            self.send(writer, b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n")
+            self.send(writer, b"data: " + json.dumps(envelope | {"choices": [], "usage": usage}).encode() + b"\n\n")
             self.send(writer, b"data: [DONE]\n\n")
             writer.write(b"0\r\n\r\n")
         finally:

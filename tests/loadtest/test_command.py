@@ -1,15 +1,29 @@
 """`leanserve loadtest` as a user types it, against the mock server."""
 
+import asyncio
+import io
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from leanserve.__main__ import app
 from leanserve.contracts.errors import LeanServeError
+from leanserve.loadtest.arrivals import ClosedLoop
+from leanserve.loadtest.client_load import ClientLoad
+from leanserve.loadtest.correctness import Correctness
+from leanserve.loadtest.guard import warnings_of
+from leanserve.loadtest.lengths import Lengths
+from leanserve.loadtest.measures import measure
+from leanserve.loadtest.progress import Display
+from leanserve.loadtest.record import Record
+from leanserve.loadtest.session import Finished, LoadTest, run_test
+from leanserve.loadtest.slo import Slo
+from leanserve.loadtest.workload import WorkloadOptions
 from loadtest.known_server import known_server
 
 
@@ -129,35 +143,73 @@ def test_what_cannot_work_is_one_line_with_the_numbers(tmp_path):
         assert message in done.stderr
 
 
+def finish(test: LoadTest) -> Finished:
+    return asyncio.run(run_test(test, Display(Console(file=io.StringIO()))))
+
+
 def test_servers_that_refuse_extra_fields_and_speak_chat_are_served_too(tmp_path):
-    out = tmp_path / "out"
+    workload = WorkloadOptions(
+        requests=4, prompts="text", prompt_tokens=Lengths("200"), output_tokens=Lengths("6"), needle_share=0.5
+    )
     refuse = ["return_token_ids", "cache_salt", "ignore_eos"]
     with known_server(tmp_path, ttft_ms=5, gap_ms=1, refuse=refuse) as server:
-        done = loadtest(
-            *(f"{server.url}/v1/", "--endpoint", "chat", "--requests", "4", "--prompt-tokens", "200"),
-            *("--output-tokens", "6", "--out", str(out)),
-        )
-    assert done.returncode == 0, done.stderr
-    summary = summary_in(out)
-    assert (summary["succeeded"], summary["output_tokens"]) == (4, 24)
-    assert summary["correctness"]["equal"] == 4
-    # The mock counts words, not the bundled tokenizer's tokens: the report says so and uses the server's count.
-    assert summary["length_mismatches"] == 4
-    assert any("another length by the server's count" in warning for warning in summary["warnings"])
+        finished = finish(LoadTest(url=f"{server.url}/v1/", endpoint="chat", workload=workload))
+    measures, correctness = finished.report.measures, finished.report.correctness
+    assert (measures.succeeded, measures.output_tokens) == (4, 24)
+    assert (correctness.repeated, correctness.equal) == (4, 4)
+    # The mock knows no facts.
+    assert (correctness.needles_asked, correctness.needles_found, correctness.needles_missed) == (2, 0, [1, 3])
+    # It counts words, not the bundled tokenizer's tokens: the report says so and uses the server's count.
+    assert measures.length_mismatches == 4
+    assert any("another length by the server's count" in warning for warning in finished.report.warnings)
 
 
 def test_turns_go_on_from_the_answers(tmp_path):
-    out = tmp_path / "out"
+    workload = WorkloadOptions(
+        requests=6, turns=3, prompt_tokens=Lengths("100"), turn_tokens=Lengths("10"), output_tokens=Lengths("5")
+    )
     with known_server(tmp_path, ttft_ms=5, gap_ms=1) as server:
-        done = loadtest(
-            *(server.url, "--requests", "6", "--turns", "3", "--prompt-tokens", "100", "--turn-tokens", "10"),
-            *("--output-tokens", "5", "--concurrency", "2", "--out", str(out)),
+        finished = finish(LoadTest(url=server.url, workload=workload, arrivals=ClosedLoop(2)))
+    assert [record.prompt_tokens for record in finished.records] == [100, 115, 130] * 2
+    assert [record.turn for record in finished.records] == [0, 1, 2] * 2
+    assert finished.report.measures.length_mismatches == 0
+
+
+def test_a_run_that_is_not_to_be_trusted_says_why():
+    records = [
+        Record(
+            index=0,
+            request_id="",
+            conversation=0,
+            turn=0,
+            outcome="ok",
+            intended_s=0,
+            client_delay_ms=0,
+            prompt_tokens_asked=10,
+            output_tokens_asked=5,
+            chunk_ms=[10, 30],
+            chunk_tokens=[1, 1],
+            ttft_ms=10,
+            last_token_ms=30,
+            e2e_ms=30,
+            output_tokens=2,
+            cached_tokens=8,
         )
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
-    assert [record["prompt_tokens"] for record in records] == [100, 115, 130] * 2
-    assert [record["turn"] for record in records] == [0, 1, 2] * 2
-    assert summary_in(out)["length_mismatches"] == 0
+    ]
+    quiet, busy = ClientLoad(lag_ms=[0.1] * 99, cpu_share=0.1), ClientLoad(lag_ms=[12.0] * 99, cpu_share=0.93)
+    measures = measure(records, Slo())
+
+    def warnings(client: ClientLoad, *, shares_prompts: bool = True) -> str:
+        found = warnings_of(measures, client, None, Correctness(), shares_prompts=shares_prompts, interrupted=False)
+        return "\n".join(found)
+
+    assert "bottleneck" not in warnings(quiet)
+    assert "lags by 12.0 ms" in warnings(busy)
+    assert "93% of a core" in warnings(busy)
+    assert "1 answers are shorter" in warnings(quiet)
+    assert "1 answers came without usage" in warnings(quiet)
+    assert "8 of 10 prompt tokens came from the server's prefix cache" in warnings(quiet, shares_prompts=False)
+    assert "prefix cache" not in warnings(quiet)
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("compare", "--help"), ("scaling", "--help")], ids=" ".join)
