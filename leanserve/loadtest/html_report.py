@@ -28,8 +28,8 @@ h1 { font-size: 26px; line-height: 1.25; margin: 0 0 4px; letter-spacing: -.01em
 h2 { font-size: 17px; margin: 0 0 2px; }
 section { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 20px 24px; margin-top: 18px; }
 section > p { margin: 0 0 12px; color: var(--muted); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); gap: 12px; margin-top: 20px; }
-.card { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; }
+.cards { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 20px; }
+.card { flex: 1 1 205px; background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; }
 .card b { display: block; font-size: 23px; font-weight: 650; letter-spacing: -.01em; }
 .card span { color: var(--muted); font-size: 13px; }
 .card.good b { color: var(--good); } .card.bad b { color: var(--bad); }
@@ -89,6 +89,8 @@ def _cards(report: Report) -> str:
         ("", f"{measures.output_tokens_per_s:,.3g}/s", f"output tokens; {measures.input_tokens_per_s:,.0f}/s input"),
         ("", f"{measures.goodput_rps:.3g}/s", f"goodput{', ' + slo if slo else ': no SLO given'}"),
     ]
+    if (stall := measures.longest_stall) is not None:
+        cards.append(("", duration(stall.gap_ms), "longest stall of a stream behind another's prefill"))
     if correctness.needles_asked:
         share = correctness.needles_found / correctness.needles_asked
         kind = "good" if share >= 0.95 else "bad"

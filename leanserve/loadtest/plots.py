@@ -152,7 +152,13 @@ def _decode(report: Report) -> Plot | None:
         x = np.array([middle[0], middle[-1]])
         label = line_text(line.at_zero_ms, line.per_1k_tokens_ms, "1k of context")
         axes.plot(x, line.at_zero_ms + line.per_1k_tokens_ms * x / 1000, color=ORANGE, label=label)
-    axes.set(xlabel="tokens in the context", ylabel="time per token", ylim=(0, 1.2 * max(high) or 1))
+    axes.set(xlabel="tokens in the context", ylabel="time per token")
+    typical = float(np.median([found.p50_ms for found in bins]))
+    if min(low) > 0 and max(high) > 10 * typical:  # prefills of others stretch some gaps by far
+        axes.set_yscale("log")
+        axes.set_ylim(top=3 * max(high))
+    else:
+        axes.set_ylim(0, 1.2 * max(high) or 1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(_seconds))
     axes.legend(loc="upper left", ncols=3)

@@ -212,6 +212,19 @@ def test_a_run_that_is_not_to_be_trusted_says_why():
     assert "prefix cache" not in warnings(quiet)
 
 
+def test_every_option_that_a_readme_names_exists():
+    root = Path(__file__).parents[2]
+    text = "".join((root / path).read_text() for path in ("README.md", "leanserve/loadtest/README.md"))
+    lines = re.findall(r"^leanserve loadtest (.*)$", text, re.MULTILINE)
+    assert len(lines) >= 6
+    offered = {name: loadtest(*name, "--help", columns=200).stdout for name in ((), ("compare",), ("scaling",))}
+    for line in lines:
+        words = line.split()
+        command = (words[0],) if (words[0],) in offered else ()
+        options = {word for word in words if word.startswith("--")}
+        assert options <= set(re.findall(r"--[a-z-]+", offered[command])), line
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("compare", "--help"), ("scaling", "--help")], ids=" ".join)
 def test_help_fits_a_screen_per_group(arguments):
     done = loadtest(*arguments, columns=80)
