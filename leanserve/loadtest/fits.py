@@ -25,6 +25,8 @@ class PositionBin(msgspec.Struct, frozen=True):
 
     first: int
     last: int
+    position: float
+    """Median of the gaps' own positions."""
     gaps: int
     p10_ms: float
     p50_ms: float
@@ -64,7 +66,9 @@ def gaps_by_position(good: Sequence[Record]) -> list[PositionBin]:
         if inside.size:
             p10, p50, p90 = (float(value) for value in np.percentile(inside, (10, 50, 90)))
             first = low + place * width
-            found.append(PositionBin(first, min(high, first + width - 1), int(inside.size), p10, p50, p90))
+            middle = float(np.median(position[places == place]))
+            last = min(high, first + width - 1)
+            found.append(PositionBin(first, last, middle, int(inside.size), p10, p50, p90))
     return found
 
 
@@ -72,6 +76,6 @@ def fit_decode(bins: Sequence[PositionBin]) -> Line | None:
     """Least squares over the medians; None where positions do not differ enough."""
     if len(bins) < 3 or bins[-1].last < 1.5 * bins[0].first:
         return None
-    middles = [(found.first + found.last) / 2000 for found in bins]
+    middles = [found.position / 1000 for found in bins]
     slope, at_zero = np.polyfit(middles, [found.p50_ms for found in bins], 1)
     return Line(float(at_zero), float(slope))

@@ -143,7 +143,7 @@ def _decode(report: Report) -> Plot | None:
     bins = report.measures.decode_by_position
     if not bins:
         return None
-    middle = [(found.first + found.last) / 2 for found in bins]
+    middle = [found.position for found in bins]
     figure, (axes,) = _new(3.4)
     low, high = [found.p10_ms for found in bins], [found.p90_ms for found in bins]
     axes.vlines(middle, low, high, color=PALE, linewidth=4, label="p10 to p90")
