@@ -1,8 +1,11 @@
-"""The command line of `leanserve loadtest`: a URL tests that server; `compare` and `scaling` are commands."""
+"""The command line of `leanserve loadtest`: a URL tests that server; `compare` and `scaling` are commands.
+
+What is heavy is imported when a test runs.
+"""
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
 import typer
@@ -11,12 +14,9 @@ from typer.core import TyperGroup
 
 from leanserve.contracts.errors import ConfigError
 from leanserve.loadtest.arrivals import ArrivalKind, ClosedLoop, OpenLoop
-from leanserve.loadtest.lengths import Lengths, parse_tokens
-from leanserve.loadtest.prompts import TokenRange
-from leanserve.loadtest.session import LoadTest, run_test
-from leanserve.loadtest.slo import Slo
-from leanserve.loadtest.sweep import parse_sweep
-from leanserve.loadtest.workload import WorkloadOptions
+
+if TYPE_CHECKING:
+    from leanserve.loadtest.session import LoadTest
 
 __all__ = ["loadtest_app"]
 
@@ -145,6 +145,13 @@ def run(
     """
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
     del settings["api_key"]
+    from leanserve.loadtest.lengths import Lengths, parse_tokens
+    from leanserve.loadtest.prompts import TokenRange
+    from leanserve.loadtest.session import LoadTest
+    from leanserve.loadtest.slo import Slo
+    from leanserve.loadtest.sweep import parse_sweep
+    from leanserve.loadtest.workload import WorkloadOptions
+
     loads = parse_sweep(sweep) if sweep is not None else None
     swept_rate = loads[1][0] if loads is not None and loads[0] == "rate" else None
     test = LoadTest(
@@ -161,7 +168,7 @@ def run(
             seed=seed,
             prompts="text" if endpoint == "chat" else prompts,
             ids=TokenRange.parse(token_range),
-            shared_prefix_tokens=_tokens_or_none(shared_prefix_tokens, "--shared-prefix-tokens"),
+            shared_prefix_tokens=_tokens_or_zero(shared_prefix_tokens, "--shared-prefix-tokens"),
             turns=turns,
             turn_tokens=Lengths(turn_tokens, "--turn-tokens"),
             needle_share=needles,
@@ -180,8 +187,9 @@ def run(
     _test_and_report(test, out)
 
 
-def _test_and_report(test: LoadTest, out: Path | None) -> None:
+def _test_and_report(test: "LoadTest", out: Path | None) -> None:
     from leanserve.loadtest.progress import Display
+    from leanserve.loadtest.session import run_test
     from leanserve.loadtest.tables import print_report
 
     if out is not None:
@@ -231,8 +239,11 @@ def scaling(
     out: Out = None,
 ) -> None:
     """Start `leanserve serve` at each rank count, run the same load, and show speed-up and efficiency."""
+    from leanserve.loadtest.lengths import Lengths
     from leanserve.loadtest.progress import Display
+    from leanserve.loadtest.prompts import TokenRange
     from leanserve.loadtest.scaling import ScalingPlan, print_scaling, run_scaling, write_scaling
+    from leanserve.loadtest.workload import WorkloadOptions
 
     counts = [part.strip() for part in ranks.split(",")]
     if not all(count.isdecimal() and int(count) for count in counts):
@@ -262,7 +273,9 @@ def scaling(
         write_scaling(result, out)
 
 
-def _tokens_or_none(text: str, option: str) -> int:
+def _tokens_or_zero(text: str, option: str) -> int:
+    from leanserve.loadtest.lengths import parse_tokens
+
     return 0 if text == "0" else parse_tokens(text, option)
 
 
