@@ -138,7 +138,7 @@ def print_scaling(result: ScalingResult, console: Console) -> None:
     table = Table(
         box=None, padding=(0, 1), header_style="bold", title=f"{result.model}, {result.load}", title_justify="left"
     )
-    for name in ("ranks", "output tokens/s", "TTFT p50", "TPOT p50", "speed-up", "efficiency", "prefill x", "decode x"):
+    for name in ("ranks", "tokens/s", "TTFT p50", "TPOT p50", "speed-up", "efficiency", "prefill", "decode"):
         table.add_column(name, justify="right")
     ups = [speed_up(result, speed) for speed in SPEEDS.values()]
     fewest = min(result.by_ranks)

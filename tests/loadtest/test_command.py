@@ -61,7 +61,7 @@ def test_the_basic_forms_write_a_whole_report_and_compare(tmp_path):
     summary = summary_in(closed)
     for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"):
         assert summary[name].keys() >= {"mean", "p50", "p90", "p95", "p99", "max"}
-        assert summary[name]["p50"] > 0
+        assert summary[name]["max"] > 0
     assert (summary["requests"], summary["errors"]) == (40, 0)
     assert (summary["input_tokens"], summary["output_tokens"]) == (40 * 512, 40 * 32)
     assert summary["goodput_rps"] == pytest.approx(40 / summary["duration_s"])
