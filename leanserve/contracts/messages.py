@@ -14,6 +14,7 @@ __all__ = [
     "FromEngine",
     "Hello",
     "Loading",
+    "PrefillProgress",
     "Shutdown",
     "Submit",
     "ToEngine",
@@ -114,6 +115,18 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """In the request's first output that has tokens: how many prompt tokens the prefix cache held."""
 
 
+class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):
+    """How far a request's prompt is, after a step that computed a part of it but not its end."""
+
+    request_id: str
+    cached_tokens: int
+    """Of the prompt, found in the prefix cache when it was first admitted."""
+    processed_tokens: int
+    """In the KV cache now, found or computed."""
+    total_tokens: int
+    """To be there before the next token: the prompt; after a preemption, what was generated as well."""
+
+
 class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
     """One step's outputs, and what the front end needs to know about the engine's load."""
 
@@ -125,6 +138,8 @@ class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
     """Pages referenced by live sequences."""
     preemptions: int
     """Since start."""
+    prefills: tuple[PrefillProgress, ...] = ()
+    """Requests in the middle of their prompts that this step has brought forward."""
 
 
 ToEngine = Configure | Submit | Abort | Shutdown

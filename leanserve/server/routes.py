@@ -6,14 +6,15 @@ from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Request
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from leanserve import __version__
 from leanserve.contracts.errors import EngineError, RequestError
 from leanserve.server.completions import Completion, Piece
+from leanserve.server.middleware import ClientLeft
 from leanserve.server.output_stream import OutputStream
 from leanserve.server.protocol import CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
+from leanserve.server.request_facts import facts_of
 from leanserve.server.serving import Serving, check_token_ids
 from leanserve.server.sse import EventStream, completion_events
 
@@ -34,21 +35,22 @@ def build_router(serving: Serving) -> APIRouter:
     @router.post("/v1/completions", openapi_extra={"requestBody": CompletionRequest.openapi()})
     async def completions(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         body = CompletionRequest.parse(await _json_body(request))
-        serving.counts["unknown_fields"] += body.unknown_fields
+        serving.counts.unknown_fields += body.unknown_fields
         serving.check_model(body.model)
         sampling = body.sampling()
         info = serving.admit(1)
         prompts = await serving.prepare(body, sampling, info)
-        serving.admit(len(prompts))  # again: tokenizing a long text takes a while
+        serving.admit(len(prompts), sum(prompt.num_tokens for prompt in prompts))  # again: tokenizing a long text takes a while
         completion = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
-        outputs = serving.client.open_stream()
+        facts = facts_of(request.scope)
+        outputs = serving.client.open_stream(arrived_at=facts.arrived_at)
         try:
             for prompt, request_id in zip(prompts, completion.choices, strict=True):
                 outputs.submit(request_id, prompt.token_ids, sampling)
             if body.stream:
                 events = completion_events(completion, outputs, serving.settings.keep_alive_s)
                 return EventStream(events, outputs, serving.counts)
-            return _json(await _unless_disconnected(request, _collect(completion, outputs)))
+            return _json(await _unless_disconnected(request, outputs, _collect(completion, outputs)))
         except BaseException:
             outputs.abort()
             raise
@@ -104,6 +106,14 @@ def build_router(serving: Serving) -> APIRouter:
         serving.check_serving()
         return _json({"status": "ready"})
 
+    @router.get("/metrics")
+    async def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return Response(serving.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return serving.page.response()
+
     @router.get("/ping")
     async def ping() -> Response:  # pyright: ignore[reportUnusedFunction]
         return _json({})
@@ -156,11 +166,11 @@ async def _collect(completion: Completion, outputs: OutputStream) -> dict[str, o
     return completion.whole(pieces)
 
 
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+async def _unless_disconnected(request: Request, outputs: OutputStream, work: Coroutine[Any, Any, _T]) -> _T:
     """The result of `work`, which is cancelled when the client goes away first.
 
     Raises:
-        ClientDisconnect: it went away.
+        ClientLeft: it went away.
     """
 
     async def disconnect() -> None:
@@ -172,7 +182,7 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, _T]) 
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientDisconnect
+            raise ClientLeft(outputs.phase)
         return working.result()
     finally:
         working.cancel()

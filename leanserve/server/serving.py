@@ -3,7 +3,6 @@
 import asyncio
 import time
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,8 @@ from leanserve.contracts.messages import EngineInfo
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.engine_client import EngineClient
 from leanserve.server.errors import NotFoundError
+from leanserve.server.metrics import HttpCounts, Metrics
+from leanserve.server.page import Page
 from leanserve.server.protocol import CompletionRequest
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
@@ -44,8 +45,9 @@ class Serving:
         self.settings = settings
         self.created = int(time.time())
         self.is_draining = False
-        self.counts: Counter[str] = Counter()
-        """`unknown_fields`, `disconnects`, and `status_NNN` of answers."""
+        self.page = Page()
+        self.counts = HttpCounts()
+        self.metrics = Metrics(client, self.counts, self.model_name, compatible=settings.metrics_compat)
 
     @property
     def model_name(self) -> str:
@@ -57,8 +59,8 @@ class Serving:
             raise OverloadedError("the server is shutting down; try another, or later", retry_after_s=5)
         self.client.check_ready()
 
-    def admit(self, num_prompts: int) -> EngineInfo:
-        """The engine's facts, if so many prompts may come in now.
+    def admit(self, num_prompts: int, num_tokens: int = 0) -> EngineInfo:
+        """The engine's facts, if so many prompts, of so many tokens together, may come in now.
 
         Raises:
             OverloadedError: the server is loading, draining or full.
@@ -69,6 +71,12 @@ class Serving:
             raise OverloadedError(
                 f"{self.client.live_requests} prompts are waiting or running and {num_prompts} more came; "
                 f"the limit is {self.settings.max_live_requests}, try again soon"
+            )
+        queued = self.client.live_prompt_tokens
+        if queued and queued + num_tokens > self.settings.max_live_prompt_tokens:
+            raise OverloadedError(
+                f"prompts of {queued} tokens are waiting or running and {num_tokens} more came; "
+                f"the limit is {self.settings.max_live_prompt_tokens}, try again soon"
             )
         assert self.client.info is not None
         return self.client.info

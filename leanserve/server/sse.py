@@ -1,6 +1,5 @@
 """Server-sent events: frames, keep-alives, and an end that always says how it ended."""
 
-from collections import Counter
 from collections.abc import AsyncIterator
 
 import orjson
@@ -11,6 +10,7 @@ from leanserve.contracts.errors import LeanServeError
 from leanserve.server.completions import Completion
 from leanserve.server.errors import error_reply
 from leanserve.server.logs import log_internal_error
+from leanserve.server.metrics import HttpCounts
 from leanserve.server.output_stream import OutputStream
 
 __all__ = ["EventStream", "completion_events"]
@@ -22,7 +22,7 @@ _DONE = b"data: [DONE]\n\n"
 class EventStream(StreamingResponse):
     """A stream of events whose requests end with it, however it ends."""
 
-    def __init__(self, events: AsyncIterator[bytes], outputs: OutputStream, counts: Counter[str]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], outputs: OutputStream, counts: HttpCounts) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._outputs = outputs
@@ -33,7 +33,7 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:  # a disconnect cancels the sending and leaves the generator where it stands
             if not self._outputs.finished:
-                self._counts["disconnects"] += 1
+                self._counts.disconnects[self._outputs.phase] += 1
                 self._outputs.abort()
 
 
