@@ -162,7 +162,7 @@ async def _collect(completion: Completion, outputs: OutputStream) -> dict[str, o
         choice = completion.choices[output.request_id]
         pieces.extend(choice.pieces(output))
         if choice.finish_reason is not None:
-            outputs.abort(choice.request_id)
+            outputs.abort(choice.request_id, reason=choice.finish_reason)
     return completion.whole(pieces)
 
 

@@ -56,7 +56,7 @@ async def completion_events(completion: Completion, outputs: OutputStream, keep_
             for piece in choice.pieces(output):
                 yield frame(completion.chunk(piece))
             if choice.finish_reason is not None:
-                outputs.abort(choice.request_id)
+                outputs.abort(choice.request_id, reason=choice.finish_reason)
         if completion.includes_usage:
             yield frame(completion.usage_chunk())
     except Exception as error:
