@@ -147,7 +147,9 @@ def serve(
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0 takes a free one.", rich_help_panel=HTTP)] = 8000,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="0 takes a free one.", rich_help_panel=HTTP)
+    ] = 8000,
     served_model_name: Annotated[
         str | None, typer.Option(help="The name clients use. Default: as given.", rich_help_panel=HTTP)
     ] = None,
@@ -175,7 +177,9 @@ def serve(
     ] = None,
     max_requests_per_key: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Requests of one key in flight. Default: no limit.", rich_help_panel=LIMITS),
+        typer.Option(
+            metavar="N", min=1, help="Requests of one key in flight. Default: no limit.", rich_help_panel=LIMITS
+        ),
     ] = None,
     max_live_requests: Annotated[
         int, typer.Option(metavar="N", min=1, help="Prompts waiting or running; more get 503.", rich_help_panel=LIMITS)

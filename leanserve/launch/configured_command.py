@@ -75,7 +75,7 @@ def _read(path: Path, options: dict[str, Any]) -> dict[str, Any]:
         is_list = bool(options[name].multiple) if hasattr(options[name], "multiple") else False
         given = cast("list[object]", value if isinstance(value, list) else [value])
         if any(not isinstance(item, str | int | float) for item in given) or (isinstance(value, list) and not is_list):
-            allowed = "one value or a list of values" if is_list else "one value, such as a number, a word, true or false"
+            allowed = "one value or a list of values" if is_list else "one number, one word, true or false"
             raise ConfigError(f"{path}: {key!s} is {value!r}; it must be {allowed}")
         values[name] = given if is_list else value
     return values

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -54,7 +54,7 @@ class ServeOptions:
     served_model_name: str | None = None
     insecure: bool = False
     """Listen beyond this machine although nobody has to show a key."""
-    access: AccessOptions = AccessOptions()
+    access: AccessOptions = field(default_factory=AccessOptions)
     max_live_requests: int = 4096
     max_live_prompt_tokens: int = 1 << 26
     max_body_bytes: int = 16 << 20

@@ -121,9 +121,7 @@ class _Requests(_Labelled):
         yield self._counter("num_preemptions", "Requests sent away to be computed again.", load.preemptions)
         yield self._counter("prompt_tokens", "Prompt tokens of requests that got a first token.", seen.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", seen.generation_tokens)
-        yield self._counter(
-            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", seen.prompt_tokens
-        )
+        yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", seen.prompt_tokens)
         yield self._counter("prefix_cache_hits", "Prompt tokens found there.", seen.cached_prompt_tokens)
         yield self._counters(
             "request_success",
@@ -166,7 +164,9 @@ class _Own(_Labelled):
         )
         mean = sum(used) / len(used) if used else 0.0
         yield self._gauge(
-            "kv_cache_imbalance", "Pages used on the fullest rank over the mean; 1 is even.", max(used) / mean if mean else 1.0
+            "kv_cache_imbalance",
+            "Pages used on the fullest rank over the mean; 1 is even.",
+            max(used) / mean if mean else 1.0,
         )
         yield self._counter("steps", "Steps the engine has completed.", load.step)
         yield self._gauge("engine_silent_seconds", "How long the engine has owed tokens.", self._client.silent_s)

@@ -11,9 +11,9 @@ from leanserve.contracts.messages import EngineInfo
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.engine_client import EngineClient
 from leanserve.server.errors import NotFoundError
+from leanserve.server.generation_request import GenerationRequest
 from leanserve.server.metrics import HttpCounts, Metrics
 from leanserve.server.page import Page
-from leanserve.server.protocol import CompletionRequest
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
 
@@ -91,18 +91,24 @@ class Serving:
                 code="model_not_found",
             )
 
-    async def prepare(self, request: CompletionRequest, sampling: SamplingParams, info: EngineInfo) -> list[Prompt]:
-        """Tokenize and check all prompts of a request.
+    async def prepare(
+        self,
+        prompts: list[str] | list[list[int]],
+        request: GenerationRequest,
+        sampling: SamplingParams,
+        info: EngineInfo,
+    ) -> list[Prompt]:
+        """Tokenize and check all prompts of a request, and whether its options can be met.
 
         Raises:
             RequestError: text without a tokenizer, too many prompts, an empty one, an id out of the vocabulary.
             RequestTooLongError: a prompt that can never fit with its max_tokens.
         """
-        prompts = request.prompts()
-        if len(prompts) > self.settings.max_prompts:
+        if len(prompts) * sampling.n > self.settings.max_prompts:
             raise RequestError(
-                f"prompt holds {len(prompts)} prompts; at most {self.settings.max_prompts} fit in one request",
-                param="prompt",
+                f"{len(prompts)} prompts with n {sampling.n} ask for {len(prompts) * sampling.n} choices; "
+                f"at most {self.settings.max_prompts} fit in one request",
+                param="prompt" if sampling.n == 1 else "n",
                 code="too_many_prompts",
             )
         if sampling.stop and self.tokenizer is None:

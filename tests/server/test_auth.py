@@ -175,7 +175,9 @@ def test_other_sites_may_ask_only_when_named() -> None:
             answer = await live.http.options("/v1/completions", headers=asks)
             assert answer.status_code == 200
             assert answer.headers["access-control-allow-origin"] == "https://chat.example.org"
-            assert (await live.http.options("/v1/completions", headers={**asks, "Origin": "https://x"})).status_code == 400
+            assert (
+                await live.http.options("/v1/completions", headers={**asks, "Origin": "https://x"})
+            ).status_code == 400
             for given in ({}, BEARER):  # a page may read why it was refused
                 answer = await live.http.get("/v1/models", headers={"Origin": "https://chat.example.org", **given})
                 assert answer.headers["access-control-allow-origin"] == "https://chat.example.org"
