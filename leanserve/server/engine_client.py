@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 from uuid import uuid4
@@ -30,6 +30,7 @@ from leanserve.contracts.messages import (
     FromEngine,
     Hello,
     Loading,
+    PrefillProgress,
     Shutdown,
     Submit,
     ToEngine,
@@ -158,23 +159,33 @@ class EngineClient:
         return self.failure or "the engine failed"
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str | None = None,
+        on_progress: Callable[[PrefillProgress], None] | None = None,
     ) -> AsyncIterator[TokenOutput]:
         """Outputs of one request until its finish_reason is set. Close the generator (`aclose`) to stop it early.
 
-        Stop strings are not looked for here: see `TextStream`.
+        Stop strings are not looked for here: see `TextStream`. `on_progress` is called after each step that computed a
+        part of the prompt, but not its end.
 
         Raises:
             OverloadedError: the engine is still loading.
             EngineError: the engine failed, before or during the request.
         """
         stream = self.open_stream()
+        stream.wakes_on_progress = on_progress is not None
+        request_id = request_id or uuid4().hex
         try:
-            stream.submit(request_id or uuid4().hex, token_bytes(prompt_token_ids), sampling)
+            stream.submit(request_id, token_bytes(prompt_token_ids), sampling)
             while not stream.finished:
                 output = await stream.next()
                 if output is not None:
                     yield output
+                elif on_progress is not None:
+                    on_progress(stream.progress[request_id])
         finally:
             stream.abort()
 
