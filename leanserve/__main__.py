@@ -165,6 +165,14 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keys, one a line.", rich_help_panel=ACCESS)
     ] = None,
+    tool_format: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|hermes|llama3|mistral",
+            help="How the model writes function calls. auto: as its chat template says.",
+            rich_help_panel=HTTP,
+        ),
+    ] = "auto",
     insecure: Annotated[
         bool,
         typer.Option("--insecure", help="Listen beyond this machine without any key.", rich_help_panel=ACCESS),
@@ -223,6 +231,7 @@ def serve(
     from leanserve.launch.access import AccessOptions
     from leanserve.launch.front_end import ServeOptions, serve_under_torchrun, serve_until_stopped, started_by_torchrun
     from leanserve.launch.options import LaunchOptions, parse_bytes
+    from leanserve.server.tool_calls import tool_format as find_tool_format
 
     if started_by_torchrun():
         sys.exit(serve_under_torchrun(sys.argv[1:]))
@@ -242,6 +251,7 @@ def serve(
         max_body_bytes=parse_bytes(max_body),
         access_log=access_log,
         metrics_compat=metrics_compat is MetricsChoice.vllm,
+        tool_format=None if tool_format == "auto" else find_tool_format(tool_format),
         launch=LaunchOptions(
             model=model,
             ranks=_count_or_auto("--ranks", ranks),

@@ -27,11 +27,13 @@ from leanserve.launch.options import LaunchOptions
 from leanserve.launch.ranks_process import RUN_DIR_VARIABLE
 from leanserve.model.architecture import read_architecture
 from leanserve.server.app import create_app
+from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.engine_client import EngineClient
 from leanserve.server.http_server import bind_socket, serve_http
 from leanserve.server.logs import open_access_log
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
+from leanserve.server.tool_calls import ToolFormat
 
 __all__ = ["ServeOptions", "serve_under_torchrun", "serve_until_stopped", "show_loading", "started_by_torchrun"]
 
@@ -61,6 +63,8 @@ class ServeOptions:
     access_log: str | None = None
     """A file, or - for standard error."""
     metrics_compat: bool = False
+    tool_format: ToolFormat | None = None
+    """None: as the chat template says."""
 
     def __post_init__(self) -> None:
         if not (self.insecure or self.access.has_keys or is_loopback(self.host)):
@@ -80,6 +84,7 @@ class ServeOptions:
             max_requests_per_key=self.access.max_requests_per_key,
             cors_origins=self.access.cors_origins,
             metrics_compat=self.metrics_compat,
+            tool_format=self.tool_format,
         )
 
     @property
@@ -128,6 +133,7 @@ def serve_until_stopped(options: ServeOptions) -> int:
     model_dir = options.launch.find_model()
     architecture = read_architecture(model_dir)
     tokenizer = Tokenizer.from_dir(model_dir)
+    chat_template = ChatTemplate.from_dir(model_dir)
     config = options.launch.engine_config(model_dir)
     agent_pid = os.environ.get(AGENT_PID_VARIABLE)
     if agent_pid is None:
@@ -143,7 +149,7 @@ def serve_until_stopped(options: ServeOptions) -> int:
     if unused_gpu is not None:
         console.print(f"No GPU is used: {unused_gpu}")
     group = EngineGroup(config, num_ranks=num_ranks, run_dir=run_dir)
-    app = create_app(group.client, tokenizer, settings)
+    app = create_app(group.client, tokenizer, settings, chat_template)
     return asyncio.run(_serve(group, app, listener, options.host, console, has_text=tokenizer is not None))
 
 

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from leanserve import __version__
 from leanserve.contracts.errors import LeanServeError
 from leanserve.server.auth import KeyGate
+from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.engine_client import EngineClient
 from leanserve.server.errors import error_reply, plain_reply
 from leanserve.server.middleware import BodyLimit, RequestBoundary
@@ -20,15 +21,21 @@ from leanserve.server.tokenizer import Tokenizer
 __all__ = ["create_app"]
 
 
-def create_app(client: EngineClient, tokenizer: Tokenizer | None, settings: ServerSettings) -> FastAPI:
+def create_app(
+    client: EngineClient,
+    tokenizer: Tokenizer | None,
+    settings: ServerSettings,
+    chat_template: ChatTemplate | None = None,
+) -> FastAPI:
     """The ASGI application. `app.state.serving` is its `Serving`.
 
     Args:
         client: started, in the event loop that will serve the application.
         tokenizer: None serves token ids only.
         settings: names and limits.
+        chat_template: None: the chat route says that there is none.
     """
-    serving = Serving(client, tokenizer, settings)
+    serving = Serving(client, tokenizer, settings, chat_template)
     app = FastAPI(
         title="LeanServe",
         version=__version__,

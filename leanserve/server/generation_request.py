@@ -139,6 +139,11 @@ class GenerationRequest(Body):
             )
 
     @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer puts its own special tokens around text."""
+        return self.add_special_tokens is not False
+
+    @property
     def given_max_tokens(self) -> int | None:
         """max_tokens, under either name."""
         return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens

@@ -7,9 +7,11 @@ from starlette.responses import Response
 
 from leanserve import __version__
 from leanserve.contracts.errors import EngineError
+from leanserve.server.chat import prepare_chat
+from leanserve.server.chat_request import ChatRequest, TokenizeRequest
 from leanserve.server.completion_request import CompletionRequest
 from leanserve.server.completions import Completion
-from leanserve.server.protocol import DetokenizeRequest, ErrorBody, TokenizeRequest
+from leanserve.server.protocol import DetokenizeRequest, ErrorBody
 from leanserve.server.respond import json_body, json_response, respond
 from leanserve.server.serving import Serving, check_token_ids
 
@@ -36,12 +38,22 @@ def build_router(serving: Serving) -> APIRouter:
         answer = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
         return await respond(request, serving, answer)
 
+    @router.post("/v1/chat/completions", openapi_extra={"requestBody": ChatRequest.openapi()})
+    async def chat(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        body = ChatRequest.parse(await json_body(request))
+        serving.counts.unknown_fields += body.unknown_fields
+        serving.check_model(body.model)
+        answer = await prepare_chat(serving, body)
+        return await respond(request, serving, answer)
+
     @router.post("/tokenize", openapi_extra={"requestBody": TokenizeRequest.openapi()})
     async def tokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         body = TokenizeRequest.parse(await json_body(request))
         serving.check_model(body.model)
-        special = body.add_special_tokens is not False
-        token_ids = await asyncio.to_thread(serving.text_tokenizer().encode, body.prompt, add_special_tokens=special)
+        tokenizer = serving.text_tokenizer()
+        text = body.prompt if body.messages is None else await serving.render(body.messages, body)
+        special = body.adds_special_tokens
+        token_ids = await asyncio.to_thread(tokenizer.encode, text or "", add_special_tokens=special)
         limit = serving.client.info.max_context_tokens if serving.client.info else None
         return json_response({"count": len(token_ids), "max_model_len": limit, "tokens": token_ids})
 

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from leanserve.contracts.errors import OverloadedError, RequestError, RequestTooLongError
 from leanserve.contracts.messages import EngineInfo
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.server.chat_request import Conversation
+from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.engine_client import EngineClient
 from leanserve.server.errors import NotFoundError
 from leanserve.server.generation_request import GenerationRequest
+from leanserve.server.messages import Message, template_messages
 from leanserve.server.metrics import HttpCounts, Metrics
 from leanserve.server.page import Page
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
+from leanserve.server.tool_calls import ToolFormat, find_tool_format
 
 __all__ = ["Prompt", "Serving", "check_token_ids"]
 
@@ -39,9 +43,19 @@ class Prompt:
 class Serving:
     """One model behind one HTTP face. Belongs to the event loop it serves in."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer | None, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        settings: ServerSettings,
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
         self.client = client
         self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.tool_format: ToolFormat | None = settings.tool_format
+        if self.tool_format is None and chat_template is not None:
+            self.tool_format = find_tool_format("".join(chat_template.templates.values()))
         self.settings = settings
         self.created = int(time.time())
         self.is_draining = False
@@ -119,12 +133,49 @@ class Serving:
             )
         check_token_ids(sampling.stop_token_ids, info.vocab_size, "stop_token_ids")
         prepared: list[Prompt] = []
-        for token_ids in await self._token_id_lists(prompts, request.add_special_tokens is not False, sampling, info):
+        for token_ids in await self._token_id_lists(prompts, request.adds_special_tokens, sampling, info):
             if len(token_ids) + sampling.max_tokens > info.max_context_tokens:
                 raise _too_long(f"{len(token_ids)} tokens", len(token_ids), sampling, info)
             packed = await _pack(token_ids, info.vocab_size)
             prepared.append(Prompt(packed, len(token_ids), token_ids[-_CONTEXT_IDS:]))
         return prepared
+
+    async def render(self, messages: list[Message], request: Conversation) -> str:
+        """The text of a conversation.
+
+        Raises:
+            RequestError: the model has no template or no tokenizer, or cannot take these messages.
+        """
+        self.text_tokenizer()
+        template = self.chat_template
+        if template is None:
+            raise RequestError(
+                "this model has no chat template (its checkpoint has no chat_template.jinja, and its "
+                "tokenizer_config.json none either); use /v1/completions",
+                param="messages",
+                code="no_chat_template",
+            )
+        if request.tools and not template.knows_tools:
+            raise RequestError(
+                "this model's chat template says nothing of tools; leave them out", param="tools", code="unsupported"
+            )
+        return await template.render(
+            template_messages(messages, knows_developers=template.knows_developers),
+            tools=[tool.model_dump(exclude_none=True) for tool in request.tools] if request.tools else None,
+            add_generation_prompt=request.prompts_for_more,
+            continue_final_message=bool(request.continue_final_message),
+            variables=request.chat_template_kwargs,
+        )
+
+    async def start(self) -> None:
+        """Do beforehand what the first request would wait for."""
+        if self.chat_template is not None:
+            await self.chat_template.start()
+
+    async def close(self) -> None:
+        """Let go of what outlives a request."""
+        if self.chat_template is not None:
+            await self.chat_template.close()
 
     def text_tokenizer(self) -> Tokenizer:
         """Raises: RequestError where the model has no tokenizer."""

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from leanserve.contracts.errors import ConfigError
+from leanserve.server.tool_calls import ToolFormat
 
 __all__ = ["ServerSettings"]
 
@@ -36,6 +37,8 @@ class ServerSettings:
     """Web sites whose pages may ask, such as https://chat.example.org, or * for all."""
     metrics_compat: bool = False
     """Whether /metrics also has the names that vLLM's dashboards ask for."""
+    tool_format: ToolFormat | None = None
+    """How the model writes function calls; None: as its chat template says."""
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
