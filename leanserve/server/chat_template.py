@@ -3,22 +3,21 @@
 import asyncio
 import contextlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import orjson
 
-from leanserve.contracts.errors import CheckpointError, OverloadedError, RequestError
+from leanserve.contracts.errors import CheckpointError, RequestError
+from leanserve.server.sidecar import Sidecar, SidecarEnded
 
 __all__ = ["ChatTemplate"]
 
 _WALL_S = 30.0
-"""For the same on a machine that is busy with other things."""
+"""For one rendering, waiting for the processor included."""
 _MEMORY_BYTES = 1 << 30
 _MAX_CHARS = 32 << 20
-_MAX_WAITING = 256
 
 _END_OF_TEXT = "\ue000continue here\ue000"
 """Marks where the last message ends when it is to be continued; private characters, cut off again."""
@@ -34,12 +33,12 @@ class ChatTemplate:
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str], *, cpu_s: float = 2.0) -> None:
-        self._cpu_s = cpu_s
         self.templates = dict(templates)
         self._special_tokens = dict(special_tokens)
-        self._process: asyncio.subprocess.Process | None = None
-        self._lock = asyncio.Lock()
-        self._waiting = 0
+        self._cpu_s = cpu_s
+        limits = {"cpu_s": cpu_s, "memory_bytes": _MEMORY_BYTES, "max_chars": _MAX_CHARS}
+        setup = orjson.dumps({"templates": self.templates, **limits})
+        self._sidecar = Sidecar("leanserve.server.template_renderer", setup, _WALL_S)
 
     @classmethod
     def from_dir(cls, model_dir: str | Path) -> "ChatTemplate | None":
@@ -131,70 +130,23 @@ class ChatTemplate:
 
     async def start(self) -> None:
         """Start the process before the first request needs it. What is wrong with a template, requests will say."""
-        with contextlib.suppress(RequestError):
-            async with self._lock:
-                await self._started()
+        with contextlib.suppress(SidecarEnded):
+            await self._sidecar.start()
 
     async def close(self) -> None:
         """End the process."""
-        async with self._lock:
-            await self._end()
+        await self._sidecar.close()
 
     async def _ask(self, order: dict[str, Any]) -> str:
-        if self._waiting >= _MAX_WAITING:
-            raise OverloadedError(f"{self._waiting} conversations wait for the chat template; try again soon")
         frame = await asyncio.to_thread(orjson.dumps, order)
-        self._waiting += 1
         try:
-            async with self._lock:
-                process = await self._started()
-                return await self._exchange(process, frame)
-        finally:
-            self._waiting -= 1
-
-    async def _started(self) -> asyncio.subprocess.Process:
-        if self._process is not None:
-            return self._process
-        process = self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "leanserve.server.template_renderer"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is the front end's to handle
-        )
-        limits = {"cpu_s": self._cpu_s, "memory_bytes": _MEMORY_BYTES, "max_chars": _MAX_CHARS}
-        try:
-            await self._exchange(process, orjson.dumps({"templates": self.templates, **limits}))
-        except BaseException:
-            await self._end()
-            raise
-        return process
-
-    async def _exchange(self, process: asyncio.subprocess.Process, frame: bytes) -> str:
-        """One order and its answer. A process that does not answer as it should is ended; the next order starts one."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(_WALL_S):
-                process.stdin.write(len(frame).to_bytes(4, "big") + frame)
-                await process.stdin.drain()
-                size = int.from_bytes(await process.stdout.readexactly(4), "big")
-                answer = orjson.loads(await process.stdout.readexactly(size))
-        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
-            await self._end()
+            answer = await self._sidecar.ask(frame)
+        except SidecarEnded as error:
             raise _template_error(f"it took longer than {self._cpu_s:g} s, or its process ended") from error
-        except BaseException:  # the client left in the middle: the answer would be the next one's
-            await asyncio.shield(self._end())
-            raise
-        if "error" in answer:
-            raise _template_error(answer["error"])
-        return answer["text"]
-
-    async def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.communicate()
+        text = answer[1:].decode()
+        if answer[:1] != b"+":
+            raise _template_error(text)
+        return text
 
 
 def _template_error(why: str) -> RequestError:

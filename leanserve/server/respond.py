@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 def json_response(content: object) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
 async def json_body(request: Request) -> bytes:

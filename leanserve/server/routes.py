@@ -2,6 +2,7 @@
 
 import asyncio
 
+import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -9,6 +10,7 @@ from leanserve import __version__
 from leanserve.contracts.errors import EngineError
 from leanserve.server.chat import prepare_chat
 from leanserve.server.chat_request import ChatRequest, TokenizeRequest
+from leanserve.server.completion_body import read_completion
 from leanserve.server.completion_request import CompletionRequest
 from leanserve.server.completions import Completion
 from leanserve.server.protocol import DetokenizeRequest, ErrorBody
@@ -29,12 +31,12 @@ def build_router(serving: Serving) -> APIRouter:
 
     @router.post("/v1/completions", openapi_extra={"requestBody": CompletionRequest.openapi()})
     async def completions(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        body = CompletionRequest.parse(await json_body(request))
+        body, given = await read_completion(await json_body(request))
         serving.counts.unknown_fields += body.unknown_fields
         serving.check_model(body.model)
         sampling = body.sampling()
         info = serving.admit(sampling.n)
-        prompts = await serving.prepare(body.prompts(), body, sampling, info)
+        prompts = await serving.prepare(given, body, sampling, info)
         answer = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
         return await respond(request, serving, answer)
 
@@ -50,12 +52,11 @@ def build_router(serving: Serving) -> APIRouter:
     async def tokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         body = TokenizeRequest.parse(await json_body(request))
         serving.check_model(body.model)
-        tokenizer = serving.text_tokenizer()
         text = body.prompt if body.messages is None else await serving.render(body.messages, body)
-        special = body.adds_special_tokens
-        token_ids = await asyncio.to_thread(tokenizer.encode, text or "", add_special_tokens=special)
+        [token_ids] = await serving.encode([text or ""], add_special_tokens=body.adds_special_tokens)
         limit = serving.client.info.max_context_tokens if serving.client.info else None
-        return json_response({"count": len(token_ids), "max_model_len": limit, "tokens": token_ids})
+        tokens = np.frombuffer(token_ids, dtype=np.int32)
+        return json_response({"count": len(token_ids), "max_model_len": limit, "tokens": tokens})
 
     @router.post("/detokenize", openapi_extra={"requestBody": DetokenizeRequest.openapi()})
     async def detokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]

@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from leanserve.contracts.errors import OverloadedError, RequestError, RequestTooLongError
 from leanserve.contracts.messages import EngineInfo
 from leanserve.contracts.sampling import SamplingParams
@@ -17,6 +19,7 @@ from leanserve.server.generation_request import GenerationRequest
 from leanserve.server.messages import Message, template_messages
 from leanserve.server.metrics import HttpCounts, Metrics
 from leanserve.server.page import Page
+from leanserve.server.prompt_encoder import PromptEncoder
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.server.tool_calls import ToolFormat, find_tool_format
@@ -56,6 +59,7 @@ class Serving:
         self.tool_format: ToolFormat | None = settings.tool_format
         if self.tool_format is None and chat_template is not None:
             self.tool_format = find_tool_format("".join(chat_template.templates.values()))
+        self._encoder = None if tokenizer is None else PromptEncoder(tokenizer)
         self.settings = settings
         self.created = int(time.time())
         self.is_draining = False
@@ -107,7 +111,7 @@ class Serving:
 
     async def prepare(
         self,
-        prompts: list[str] | list[list[int]],
+        prompts: list[str] | list[Sequence[int]],
         request: GenerationRequest,
         sampling: SamplingParams,
         info: EngineInfo,
@@ -137,7 +141,7 @@ class Serving:
             if len(token_ids) + sampling.max_tokens > info.max_context_tokens:
                 raise _too_long(f"{len(token_ids)} tokens", len(token_ids), sampling, info)
             packed = await _pack(token_ids, info.vocab_size)
-            prepared.append(Prompt(packed, len(token_ids), token_ids[-_CONTEXT_IDS:]))
+            prepared.append(Prompt(packed, len(token_ids), list(token_ids[-_CONTEXT_IDS:])))
         return prepared
 
     async def render(self, messages: list[Message], request: Conversation) -> str:
@@ -167,6 +171,17 @@ class Serving:
             variables=request.chat_template_kwargs,
         )
 
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> "list[array[int]]":
+        """int32 token ids of each text.
+
+        Raises:
+            RequestError: the model has no tokenizer.
+            OverloadedError: many others wait for theirs.
+        """
+        self.text_tokenizer()
+        assert self._encoder is not None
+        return await self._encoder.encode(texts, add_special_tokens=add_special_tokens)
+
     async def start(self) -> None:
         """Do beforehand what the first request would wait for."""
         if self.chat_template is not None:
@@ -176,6 +191,8 @@ class Serving:
         """Let go of what outlives a request."""
         if self.chat_template is not None:
             await self.chat_template.close()
+        if self._encoder is not None:
+            await self._encoder.close()
 
     def text_tokenizer(self) -> Tokenizer:
         """Raises: RequestError where the model has no tokenizer."""
@@ -198,8 +215,12 @@ class Serving:
         self.client.end_all("the server is shutting down")
 
     async def _token_id_lists(
-        self, prompts: list[str] | list[list[int]], add_special_tokens: bool, sampling: SamplingParams, info: EngineInfo
-    ) -> list[list[int]]:
+        self,
+        prompts: list[str] | list[Sequence[int]],
+        add_special_tokens: bool,
+        sampling: SamplingParams,
+        info: EngineInfo,
+    ) -> Sequence[Sequence[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if not texts:
             return [prompt for prompt in prompts if not isinstance(prompt, str)]
@@ -208,20 +229,26 @@ class Serving:
             fewest = len(text) // tokenizer.max_token_chars
             if fewest + sampling.max_tokens > info.max_context_tokens:
                 raise _too_long(f"{len(text)} characters, at least {fewest} tokens,", fewest, sampling, info)
-        token_id_lists = await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens)
+        token_id_lists = await self.encode(texts, add_special_tokens=add_special_tokens)
         if not all(token_id_lists):
             raise RequestError("prompt is text without a single token", param="prompt", code="empty_prompt")
         return token_id_lists
 
 
-async def _pack(token_ids: list[int], vocab_size: int) -> bytes:
+async def _pack(token_ids: Sequence[int], vocab_size: int) -> bytes:
     packed: array[int] = array("i")
     for start in range(0, len(token_ids), _IDS_AT_ONCE):
         if start:
             await asyncio.sleep(0)
         part = token_ids[start : start + _IDS_AT_ONCE]
-        check_token_ids(part, vocab_size, "prompt")
-        packed.fromlist(part)
+        if isinstance(part, array):
+            numbers = np.frombuffer(part, dtype=f"i{part.itemsize}")
+            if numbers.min() < 0 or numbers.max() >= vocab_size:
+                check_token_ids(part, vocab_size, "prompt")
+            packed.frombytes(numbers.astype(np.int32).tobytes())
+        else:
+            check_token_ids(part, vocab_size, "prompt")
+            packed.extend(part)
     return packed.tobytes()
 
 

@@ -5,7 +5,7 @@ underscore, without anything it could change, open or import; and its process en
 
 `python -m leanserve.server.template_renderer`; frames on standard input and output are four bytes of length, the most
 significant first, and JSON. The first frame holds the templates and the limits, each further one a rendering to do.
-Every frame is answered by one: {"text": ...} or {"error": ...}.
+Every frame is answered by one: `+` and the text, or `-` and what went wrong, in UTF-8.
 """
 
 import contextlib
@@ -82,8 +82,8 @@ def _read(stream: BinaryIO) -> Any:
     return json.loads(stream.read(int.from_bytes(head, "big")))
 
 
-def _write(stream: BinaryIO, answer: dict[str, str]) -> None:
-    body = json.dumps(answer).encode()
+def _write(stream: BinaryIO, answer: str) -> None:
+    body = answer.encode("utf-8", "replace")
     stream.write(len(body).to_bytes(4, "big") + body)
     stream.flush()
 
@@ -97,15 +97,15 @@ def _limit_resources(memory_bytes: int) -> None:
             resource.setrlimit(getattr(resource, kind), (limit, limit))
 
 
-def _render(templates: dict[str, jinja2.Template], order: dict[str, Any], max_chars: int) -> dict[str, str]:
+def _render(templates: dict[str, jinja2.Template], order: dict[str, Any], max_chars: int) -> str:
     parts: list[str] = []
     length = 0
     for part in templates[order["template"]].generate(**order["variables"]):
         length += len(part)
         if length > max_chars:
-            return {"error": f"its text is longer than {max_chars} characters"}
+            return f"-its text is longer than {max_chars} characters"
         parts.append(part)
-    return {"text": "".join(parts)}
+    return "+" + "".join(parts)
 
 
 def main() -> None:
@@ -119,19 +119,24 @@ def main() -> None:
     environment = make_environment()
     templates: dict[str, jinja2.Template] = {}
     order: Any = None
+    broken: str | None = None
     while True:
         signal.setitimer(signal.ITIMER_PROF, setup["cpu_s"])  # SIGPROF, which nobody handles, ends the process
         try:
             if order is None:
                 templates = {name: environment.from_string(text) for name, text in setup["templates"].items()}
-                answer = {"text": ""}
+                answer = "+"
+            elif broken is not None:
+                answer = broken
             else:
                 answer = _render(templates, order, setup["max_chars"])
         except MemoryError:
-            answer = {"error": f"it needs more than {setup['memory_bytes']} bytes of memory"}
+            answer = f"-it needs more than {setup['memory_bytes']} bytes of memory"
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]}
+            answer = f"-{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]
         signal.setitimer(signal.ITIMER_PROF, 0)
+        if order is None and answer != "+":
+            broken = answer
         _write(answers, answer)
         if (order := _read(orders)) is None:
             return

@@ -20,6 +20,8 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self.backend = backend
+        self.directory: Path | None = None
+        """Where it was read from."""
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.max_token_chars = max((len(token) for token in backend.get_vocab(with_added_tokens=True)), default=1)
         """Characters of the longest token: a text has at least len(text) / max_token_chars tokens."""
@@ -47,7 +49,9 @@ class Tokenizer:
         if "added_tokens_decoder" not in config:
             config |= _read_json(directory / "special_tokens_map.json")
         _apply_config(backend, config)
-        return cls(backend)
+        tokenizer = cls(backend)
+        tokenizer.directory = directory
+        return tokenizer
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Long texts belong in a thread; this entry of the library gives up the GIL meanwhile."""
