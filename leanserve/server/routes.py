@@ -130,4 +130,9 @@ def _model_card(serving: Serving, name: str) -> dict[str, object]:
         "owned_by": "leanserve",
         "root": serving.model_name,
         "max_model_len": info.max_context_tokens if info else None,
+        "architecture": info.architecture if info else None,
+        "dtype": info.dtype if info else None,
+        "device": info.device if info else None,
+        "attention": info.attention if info else None,
+        "ranks": len(info.pages_per_rank) if info else None,
     }

@@ -1,4 +1,4 @@
-"""Chat templates of the four kinds that matter, written for these tests: short, and of the published ones' structure."""
+"""Chat templates of the four kinds that matter, short and of the published ones' structure."""
 
 CHATML = """\
 {%- for message in messages %}
