@@ -9,7 +9,7 @@ import msgspec
 from leanserve.contracts.kv_sharding import PageGrant
 from leanserve.contracts.sampling import SamplingParams
 
-__all__ = ["Batch", "NewSequence", "Row", "StepResult", "Stop", "step_checksum"]
+__all__ = ["Batch", "NewSequence", "Row", "StepResult", "StepTimes", "Stop", "step_checksum"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -59,11 +59,26 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """The last message on the channel: every rank ends in an orderly way."""
 
 
+class StepTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Where rank 0's device spent a step, in seconds.
+
+    On a GPU the host does not wait for these: of a step that samples nothing they are told with a later one.
+    """
+
+    forward_s: float = 0.0
+    """Laying out the inputs and the model's layers."""
+    sample_s: float = 0.0
+    """Logits, the choice of tokens and telling it to the ranks."""
+    combine_s: float = 0.0
+    """Of both: in collectives, waiting for other ranks included."""
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What rank 0's worker gives back: one token per sampling row, in row order."""
 
     step: int
     token_ids: list[int]
+    times: StepTimes = StepTimes()
 
 
 def step_checksum(step: int, token_ids: Sequence[int]) -> int:
