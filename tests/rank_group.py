@@ -14,7 +14,7 @@ import zmq
 
 from leanserve.contracts.batch import Stop
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
-from leanserve.contracts.messages import Submit
+from leanserve.contracts.messages import StepReport, Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
 from leanserve.launch.loading import LoadedRank, Place, load_rank
@@ -68,6 +68,7 @@ class Answer:
     """Pages in use when every request had ended."""
     cached_tokens: list[int]
     """By prompt: tokens that were in the prefix cache."""
+    step_reports: list[StepReport] = field(default_factory=list)
     rows_logits: list[list[list[float]]] = field(default_factory=list)
     """With keep_logits: each step's logits [M, V] of rank 0."""
 
@@ -137,6 +138,7 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
     token_ids: list[list[int]] = [[] for _ in case.prompts]
     reasons = [""] * len(case.prompts)
     cached_tokens = [0] * len(case.prompts)
+    step_reports: list[StepReport] = []
     pages_left = preemptions = 0
 
     def drain() -> None:
@@ -149,6 +151,8 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
                 if output.finish_reason is not None:
                     assert reasons[int(output.request_id)] == "", "a request ended twice"
                     reasons[int(output.request_id)] = output.finish_reason
+            assert report.step_report is not None
+            step_reports.append(report.step_report)
             pages_left, preemptions = sum(report.pages_used_per_rank), report.preemptions
 
     for index, prompt in enumerate(case.prompts):
@@ -156,7 +160,7 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
         if not case.at_once:
             drain()
     drain()
-    return Answer(token_ids, reasons, preemptions, pages_left, cached_tokens, kept)
+    return Answer(token_ids, reasons, preemptions, pages_left, cached_tokens, step_reports, kept)
 
 
 def _break_page(loaded: LoadedRank, case: Case) -> None:

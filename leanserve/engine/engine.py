@@ -2,11 +2,13 @@
 it goes."""
 
 import secrets
+import time
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.errors import EngineError, RequestError
-from leanserve.contracts.messages import PrefillProgress, Submit, TokenOutput, TokenOutputs
+from leanserve.contracts.messages import PrefillProgress, StepReport, Submit, TokenOutput, TokenOutputs
 from leanserve.contracts.sampling import FinishReason
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
@@ -28,6 +30,8 @@ class Engine:
         self._next_sequence_id = 1
         self._prefills: tuple[PrefillProgress, ...] = ()
         """Of the newest step, until it is reported."""
+        self._step_report: StepReport | None = None
+        """Of a step that `report` has not told yet."""
 
     @property
     def has_work(self) -> bool:
@@ -72,20 +76,29 @@ class Engine:
 
     def step(self) -> list[TokenOutput]:
         """Compute one step. What `execute` raises comes through: the engine is then only good for `fail`."""
+        started_s = time.perf_counter()
         batch = self._scheduler.next_batch()
         if batch is None:
             return []
+        scheduled_s = time.perf_counter()
         result = self._execute(batch)
-        return self._finish(batch, result)
+        executed_s = time.perf_counter()
+        outputs = self._finish(batch, result)
+        host_s = scheduled_s - started_s + time.perf_counter() - executed_s
+        decode_rows = sum(1 for _ in takewhile(lambda row: row.count == 1, batch.rows))
+        prefill_tokens = sum(row.count for row in batch.rows[decode_rows:])
+        self._step_report = StepReport(decode_rows, prefill_tokens, host_s, result.times)
+        return outputs
 
     def fail(self, message: str) -> list[TokenOutput]:
         """End all live requests with an error that says `message`. Returns their last outputs."""
         return [self._end(sequence, "error", message) for sequence in list(self._live.values())]
 
     def report(self, outputs: list[TokenOutput]) -> TokenOutputs:
-        """`outputs` with the load as it is now."""
+        """`outputs` with the load as it is now, and what the newest step took if that was not told before."""
         scheduler = self._scheduler
         prefills, self._prefills = self._prefills, ()
+        step_report, self._step_report = self._step_report, None
         return TokenOutputs(
             step=scheduler.step,
             outputs=outputs,
@@ -94,6 +107,10 @@ class Engine:
             pages_used_per_rank=scheduler.pages_used_per_rank,
             preemptions=scheduler.preemptions,
             prefills=prefills,
+            pages_cached_per_rank=scheduler.pages_cached_per_rank,
+            prefix_queried_tokens=scheduler.prefix_queried_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            step_report=step_report,
         )
 
     def _finish(self, batch: Batch, result: StepResult) -> list[TokenOutput]:

@@ -5,9 +5,10 @@ import torch
 from lean_attention import Backend
 from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.step import StepAttention
-from leanserve.contracts.batch import Batch, StepResult, step_checksum
+from leanserve.contracts.batch import Batch, StepResult, StepTimes, step_checksum
 from leanserve.contracts.errors import DesyncError
 from leanserve.distributed.ranks import Ranks
+from leanserve.distributed.stopwatch import Stopwatch
 from leanserve.model.decoder import Decoder
 from leanserve.worker.inputs import SampledRows, StepInputs, build_inputs
 from leanserve.worker.sampler import Draw, sample
@@ -31,6 +32,9 @@ class Runner:
         self._live = LiveSequences(ranks.rank, shard.page_tokens)
         self._completed_step = 0
         self._checksum = 0
+        self._in_forward = Stopwatch(ranks.device)
+        self._in_sampling = Stopwatch(ranks.device)
+        ranks.in_collectives.take_s()  # what loading took is not the first step's
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
@@ -43,17 +47,22 @@ class Runner:
         self._live.apply(batch.dropped, batch.started, batch.grants)
         token_ids: list[int] = []
         if batch.rows:
-            inputs = build_inputs(batch.rows, self._live, self._shard.page_tokens, self._ranks)
-            hidden_NC = self._decoder.forward(
-                inputs.tokens_N,
-                inputs.layout.positions_N,
-                self._attention(inputs),
-                prompt_lengths_N=inputs.prompt_lengths_N,
-            )
+            with self._in_forward:
+                inputs = build_inputs(batch.rows, self._live, self._shard.page_tokens, self._ranks)
+                hidden_NC = self._decoder.forward(
+                    inputs.tokens_N,
+                    inputs.layout.positions_N,
+                    self._attention(inputs),
+                    prompt_lengths_N=inputs.prompt_lengths_N,
+                )
             token_ids = self._next_tokens(hidden_NC, inputs)
         self._completed_step = batch.step
         self._checksum = step_checksum(batch.step, token_ids)
-        return StepResult(step=batch.step, token_ids=token_ids)
+        return StepResult(step=batch.step, token_ids=token_ids, times=self._times())
+
+    def _times(self) -> StepTimes:
+        watches = (self._in_forward, self._in_sampling, self._ranks.in_collectives)
+        return StepTimes(*(watch.take_s() for watch in watches))
 
     def _check_past(self, batch: Batch) -> None:
         if batch.step != self._completed_step + 1:
@@ -82,13 +91,15 @@ class Runner:
         sampled = [self._live[sequence_id] for sequence_id in inputs.sampled.sequence_ids]
         if not sampled:
             return []
-        hidden_MC = self._sampled_hidden(hidden_NC, inputs.sampled)
-        if self._ranks.rank == 0:
-            draws = [Draw(s.sampling, s.seed, s.num_tokens - s.num_prompt_tokens) for s in sampled]
-            tokens_M = sample(self._decoder.logits(hidden_MC), draws)
-        else:
-            tokens_M = torch.empty(len(sampled), dtype=torch.int64, device=self._ranks.device)
-        token_ids = self._ranks.broadcast_from_rank_0(tokens_M).tolist()
+        with self._in_sampling:
+            hidden_MC = self._sampled_hidden(hidden_NC, inputs.sampled)
+            if self._ranks.rank == 0:
+                draws = [Draw(s.sampling, s.seed, s.num_tokens - s.num_prompt_tokens) for s in sampled]
+                tokens_M = sample(self._decoder.logits(hidden_MC), draws)
+            else:
+                tokens_M = torch.empty(len(sampled), dtype=torch.int64, device=self._ranks.device)
+            tokens_M = self._ranks.broadcast_from_rank_0(tokens_M)
+        token_ids = tokens_M.tolist()
         for sequence, token_id in zip(sampled, token_ids, strict=True):
             sequence.append_token(token_id)
         return token_ids
