@@ -1,5 +1,6 @@
 """Server-sent events: frames, keep-alives, and an end that always says how it ended."""
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 
@@ -48,7 +49,12 @@ async def answer_events(answer: Answer, outputs: OutputStream, keep_alive_s: flo
     """
     try:
         async for piece in answer.read(outputs, keep_alive_s):
-            yield _KEEP_ALIVE if piece is None else frame(answer.chunk(piece))
+            if piece is None:
+                yield _KEEP_ALIVE
+            elif piece.is_prompt:  # it may be long
+                yield frame(await asyncio.to_thread(answer.chunk, piece))
+            else:
+                yield frame(answer.chunk(piece))
         if answer.includes_usage:
             yield frame(answer.usage_chunk())
     except Exception as error:

@@ -60,6 +60,7 @@ BAD_BODIES: dict[str, tuple[bytes, str | None]] = {
     "400,000 wrong ids": (b'{"prompt": [5' + b',"x"' * 400_000 + b"]}", "prompt"),
     "too long": (b'{"prompt": [5], "max_tokens": 1000000}', "prompt"),
     "max_tokens 0": (b'{"prompt": [5], "max_tokens": 0}', "max_tokens"),
+    "max_tokens 0 without echo": (b'{"prompt": [5], "max_tokens": 0, "logprobs": 1}', "max_tokens"),
     "max_tokens negative": (b'{"prompt": [5], "max_tokens": -1}', "max_tokens"),
     "max_tokens a string": (b'{"prompt": [5], "max_tokens": "3"}', "max_tokens"),
     "max_tokens true": (b'{"prompt": [5], "max_tokens": true}', "max_tokens"),
