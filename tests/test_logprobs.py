@@ -15,13 +15,13 @@ PROMPTS = random_prompts(LENGTHS, seed=31)
 PROMPTS[3] = PROMPTS[4][:17]  # it begins like another
 SCORED = SamplingParams(temperature=0, max_tokens=4, logprobs=3, prompt_logprobs=2)
 PENALIZED = SamplingParams(
-    max_tokens=20,
+    max_tokens=12,
     seed=3,
     presence_penalty=0.5,
     frequency_penalty=0.3,
     repetition_penalty=1.2,
     logit_bias={5: 2.0},
-    min_tokens=20,
+    min_tokens=12,
     logprobs=0,
     prompt_logprobs=0,
 )
@@ -31,7 +31,7 @@ TOLERANCE = 5e-5
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return checkpoint(tmp_path_factory, "qwen3", heads=6, kv_heads=2, head_dim=16, tied=True)
+    return checkpoint(tmp_path_factory, "qwen3", heads=6, kv_heads=2, head_dim=16, layers=2, tied=True)
 
 
 def cases(model_dir, num_ranks: int) -> dict[str, Case]:
@@ -109,7 +109,7 @@ def test_penalties_change_what_is_chosen_as_the_formula_says(model_dir):
     prompt, outputs = PROMPTS[4], answer.token_ids[0]
     unpenalized = []
     for count in range(10):
-        logits = hf_logits(model_dir, prompt + outputs[:count])[-1]
+        logits = hf_logits(model_dir, prompt + outputs[:count])[-1].clone()
         logits[list(bias)] += torch.tensor(list(bias.values()))
         unpenalized.append(int(logits.argmax()))
         seen = torch.zeros(VOCAB_SIZE, dtype=torch.bool)

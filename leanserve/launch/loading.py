@@ -21,6 +21,7 @@ from leanserve.model.decoder import Decoder
 from leanserve.model.weights import load_weights
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.worker.device import choose_device, choose_dtype, describe
+from leanserve.worker.logprobs import SCORING_BYTES
 from leanserve.worker.memory import kv_budget_bytes, num_pages
 from leanserve.worker.runner import Runner
 
@@ -148,7 +149,7 @@ def _activation_bytes(architecture: Architecture, config: EngineConfig, dtype: t
     widest = 2 * architecture.intermediate_size + 4 * architecture.hidden_size
     states = architecture.num_heads * (architecture.head_dim + 1) * 4 * 3
     logits = config.batch.max_sequences * architecture.vocab_size * 4 * 2
-    return tokens * (widest * dtype.itemsize * 2 + states) + logits
+    return tokens * (widest * dtype.itemsize * 2 + states) + max(logits, SCORING_BYTES)
 
 
 def _max_context_tokens(config: EngineConfig, architecture: Architecture, sharding: KvSharding) -> int:

@@ -61,6 +61,8 @@ class Adjustments:
         """
         failed: dict[int, str] = {}
         adjusted_MV = logits_MV
+        if not self._rows:
+            return adjusted_MV, failed
         for m, (sequence_id, sequence) in enumerate(zip(sequence_ids, sequences, strict=True)):
             row = self._rows.get(sequence_id)
             if row is None:

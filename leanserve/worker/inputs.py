@@ -160,6 +160,8 @@ def _scored_tokens(
     ranks: Ranks,
 ) -> ScoredTokens | None:
     """`prefill_places`: of each prefill token, its row on the rank that owns it. Decode rows are scored by rank 0."""
+    if all(sequence.sampling.prompt_logprobs is None for sequence in sequences):
+        return None
     owners, local_rows, targets = ([np.zeros(0, np.int64)] for _ in range(3))
     spans: list[tuple[int, int, int]] = []
     row_place = 0  # among the prefill tokens

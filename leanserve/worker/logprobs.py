@@ -11,10 +11,13 @@ from leanserve.distributed.ranks import Ranks
 from leanserve.model.decoder import Decoder
 from leanserve.worker.inputs import ScoredTokens
 
-__all__ = ["score", "score_prompts", "unpack"]
+__all__ = ["SCORING_BYTES", "score", "score_prompts", "unpack"]
 
 _CHUNK_BYTES = 64 << 20
 """Float32 logits at once: what bounds the memory of scoring a prompt."""
+
+SCORING_BYTES = 4 * _CHUNK_BYTES
+"""Device memory while prompt tokens are scored: logits, their log-softmax, what topk needs."""
 
 
 def score(logits_MV: torch.Tensor, tokens_M: torch.Tensor, num_top: int) -> torch.Tensor:
