@@ -24,7 +24,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     """The seed in force: the request's own, or the one drawn for it on rank 0."""
     num_scored_tokens: int = 0
-    """Of a request with `prompt_logprobs`: how many prompt tokens have theirs from before a preemption."""
+    """Of a request with `prompt_logprobs`: how many prompt tokens, the first included, have theirs from before a
+    preemption."""
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):

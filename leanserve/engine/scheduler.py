@@ -211,10 +211,10 @@ class Scheduler:
         return admitted
 
     def _cached_pages(self, sequence: Sequence) -> list[int]:
-        """The pages that a sequence can share. Its newest token is not in them: the next one is sampled from it."""
+        """The pages that a sequence can share."""
         numbers: list[int] = []
         if self._namer is not None:
-            num_pages = (sequence.num_tokens - 1) // self.sharding.page_tokens
+            num_pages = sequence.max_cached_tokens // self.sharding.page_tokens
             for first in range(0, num_pages, _PAGES_NAMED_AT_ONCE):
                 end = min(first + _PAGES_NAMED_AT_ONCE, num_pages)
                 numbers += self._allocator.find(self._page_names(sequence, first, end, self._namer))
