@@ -3,7 +3,10 @@
 from leanserve.contracts.config import BatchOptions
 from leanserve.model.architecture import Architecture
 
-__all__ = ["activation_bytes"]
+__all__ = ["SCORING_BYTES", "activation_bytes"]
+
+SCORING_BYTES = 256 << 20
+"""While prompt tokens are scored: logits, their log-softmax, what topk needs."""
 
 
 def activation_bytes(architecture: Architecture, batch: BatchOptions, dtype_bytes: int) -> int:
@@ -11,4 +14,4 @@ def activation_bytes(architecture: Architecture, batch: BatchOptions, dtype_byte
     widest = 2 * architecture.intermediate_size + 4 * architecture.hidden_size
     states = architecture.num_heads * (architecture.head_dim + 1) * 4 * 3
     logits = batch.max_sequences * architecture.vocab_size * 4 * 2
-    return batch.max_batch_tokens * (widest * dtype_bytes * 2 + states) + logits
+    return batch.max_batch_tokens * (widest * dtype_bytes * 2 + states) + max(logits, SCORING_BYTES)
