@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": set(),
     "server": {"grammars"},
     "loadtest": {"bundled"},
-    "planner": set(),
+    "planner": {"model"},
     "launch": {
         "grammars",
         "worker",

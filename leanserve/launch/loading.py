@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from llguidance import LLTokenizer
 
@@ -16,12 +15,12 @@ from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import EngineInfo
 from leanserve.distributed.ranks import Ranks
 from leanserve.grammars.grammar import make_grammar_tokenizer
+from leanserve.model.activations import activation_bytes
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
 from leanserve.model.weights import load_weights
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.worker.device import choose_device, choose_dtype, describe
-from leanserve.worker.logprobs import SCORING_BYTES
 from leanserve.worker.memory import kv_budget_bytes, num_pages
 from leanserve.worker.runner import Runner
 
@@ -91,7 +90,7 @@ def load_rank(
         device,
         ranks_on_host=place.local_size,
         ranks_on_device=ranks_on_device,
-        activation_bytes=_activation_bytes(architecture, config, dtype),
+        activation_bytes=activation_bytes(architecture, config.batch, dtype.itemsize),
     )
     pages_per_rank = ranks.gather_ints(num_pages(budget, page_bytes, config.cache.page_tokens))
     sharding = KvSharding(page_tokens=config.cache.page_tokens, pages_per_rank=pages_per_rank)
@@ -141,15 +140,6 @@ def _grammar_tokenizer(model_dir: Path, architecture: Architecture) -> LLTokeniz
         return None
     vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
     return make_grammar_tokenizer(tokenizer.backend.to_str(), vocab_size, architecture.eos_token_ids)
-
-
-def _activation_bytes(architecture: Architecture, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits."""
-    tokens = config.batch.max_batch_tokens
-    widest = 2 * architecture.intermediate_size + 4 * architecture.hidden_size
-    states = architecture.num_heads * (architecture.head_dim + 1) * 4 * 3
-    logits = config.batch.max_sequences * architecture.vocab_size * 4 * 2
-    return tokens * (widest * dtype.itemsize * 2 + states) + max(logits, SCORING_BYTES)
 
 
 def _max_context_tokens(config: EngineConfig, architecture: Architecture, sharding: KvSharding) -> int:
