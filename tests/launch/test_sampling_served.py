@@ -42,10 +42,10 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "many patterns at once": {"json": {"allOf": [{"type": "string", "pattern": f".*a{i}.*"} for i in range(20)]}},
     "deep": {"json": nested(30)},
     "too deep": {"json": nested(60)},
-    "2,000 alternatives": {
+    "many alternatives": {
         "json": {
             "type": "object",
-            "properties": {f"p{i}": {"anyOf": [{"type": "string"}, nested(1)]} for i in range(2000)},
+            "properties": {f"p{i}": {"anyOf": [{"type": "string"}, nested(1)]} for i in range(800)},
         }
     },
     "doubling": {"json": exponential("anyOf")},
@@ -185,5 +185,5 @@ def test_hostile_grammars_cost_little_and_nobody_else_anything(server):
             assert seconds < max(1, 4 * easy_s), name  # a busy machine is slow with easy ones too
             if status == 400:
                 assert body["error"]["param"] == "structured_outputs", name
-                assert "cannot be used" in body["error"]["message"], name
+                assert body["error"]["code"] == "invalid_grammar", name
     assert completed(server, prompt=EXAMPLE_PROMPT, max_tokens=2)["choices"][0]["text"]
