@@ -101,17 +101,25 @@ def load_rank(
         device=device,
     )
     attention = config.attention if config.attention != "auto" else None
+    max_context_tokens = _max_context_tokens(config, architecture, sharding)
     return LoadedRank(
         ranks=ranks,
         decoder=decoder,
         shard=shard,
-        runner=Runner(decoder, shard, ranks, backend=attention),
+        runner=Runner(
+            decoder,
+            shard,
+            ranks,
+            max_sequences=config.batch.max_sequences,
+            max_context_tokens=max_context_tokens,
+            backend=attention,
+        ),
         sharding=sharding,
         info=EngineInfo(
             architecture=architecture.describe(),
             vocab_size=architecture.vocab_size,
             eos_token_ids=architecture.eos_token_ids,
-            max_context_tokens=_max_context_tokens(config, architecture, sharding),
+            max_context_tokens=max_context_tokens,
             model_max_tokens=architecture.max_positions,
             page_tokens=config.cache.page_tokens,
             pages_per_rank=pages_per_rank,

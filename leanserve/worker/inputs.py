@@ -1,4 +1,4 @@
-"""A step message -> device tensors: which tokens, at which positions, in which pages. Built once per step.
+"""A step's rows -> device tensors: which tokens, at which positions, in which pages. Built once per step.
 
 Shapes: N tokens that this rank computes: B decode rows, which every rank computes, then L of the Q prefill tokens.
 """
@@ -13,23 +13,23 @@ from leanserve.attention.sharded_prefill import PrefillShare
 from leanserve.attention.step import SequencePages, StepLayout
 from leanserve.contracts.batch import Row
 from leanserve.distributed.ranks import Ranks
+from leanserve.worker.decode_rows import DecodeInputs
 from leanserve.worker.sequences import LiveSequence, LiveSequences
 
-__all__ = ["SampledRows", "StepInputs", "build_inputs"]
+__all__ = ["PrefillSamples", "StepInputs", "decode_inputs", "mixed_inputs", "split_rows"]
 
 
 @dataclass(frozen=True)
-class SampledRows:
-    """Which hidden states give a next token."""
+class PrefillSamples:
+    """Which hidden states of prefill tokens give a next token, in the order of the step's rows."""
 
-    sequence_ids: list[int]
-    """In row order: decode rows, then prefill rows."""
-    decode_rows: torch.Tensor
-    """int64: rows of the N tokens; every rank has them."""
-    prefill_owners: list[int]
-    """The rank that has the hidden state of each sampling prefill row."""
-    prefill_rows: torch.Tensor
+    owners: list[int]
+    """The rank that has each of them."""
+    rows: torch.Tensor
     """int64: rows of the N tokens of the owner; 0 where this rank is not it."""
+
+
+NO_SAMPLES = PrefillSamples([], torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class StepInputs:
     tokens_N: torch.Tensor
     """int64."""
     prompt_lengths_N: torch.Tensor
-    """int64: tokens in the prompt of each token's sequence."""
+    """int32: tokens in the prompt of each token's sequence."""
     layout: StepLayout
-    sampled: SampledRows
+    prefill_samples: PrefillSamples
 
 
 @dataclass(frozen=True)
@@ -69,60 +69,70 @@ class _Tokens:
     def only(self, chosen: np.ndarray) -> "_Tokens":
         return _Tokens(*(column[chosen] for column in vars(self).values()))
 
-    def then(self, others: "_Tokens") -> "_Tokens":
-        pairs = zip(vars(self).values(), vars(others).values(), strict=True)
-        return _Tokens(*(np.concatenate(pair) for pair in pairs))
+
+def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Decode rows, which lead and have one token and sample the next one; and all others, which go through prefill."""
+    num_decode = sum(1 for _ in takewhile(lambda row: row.count == 1 and row.samples, rows))
+    return rows[:num_decode], rows[num_decode:]
 
 
-def build_inputs(rows: list[Row], live: LiveSequences, page_tokens: int, ranks: Ranks) -> StepInputs:
-    """Lay out `rows` for this rank. The leading rows of one token go through decode, all others through prefill."""
-    device = ranks.device
-    sequences = [live[row.sequence_id] for row in rows]
-    num_decode = sum(1 for _ in takewhile(lambda row: row.count == 1, rows))
-    prefill_rows = rows[num_decode:]
-    decode = _Tokens.of(rows[:num_decode], sequences[:num_decode], page_tokens)
-    prefill = _Tokens.of(prefill_rows, sequences[num_decode:], page_tokens)
-    tokens = decode.then(prefill.only(prefill.owners == ranks.rank))
+def decode_inputs(decode: DecodeInputs) -> StepInputs:
+    """A step of decode rows alone."""
+    return StepInputs(
+        tokens_N=decode.tokens_B,
+        prompt_lengths_N=decode.prompt_lengths_B,
+        layout=StepLayout(
+            positions_N=decode.positions_B,
+            pages_N=decode.pages_B,
+            slots_N=decode.slots_B,
+            decode=decode.sequence_pages,
+            prefill=None,
+            share=None,
+        ),
+        prefill_samples=NO_SAMPLES,
+    )
+
+
+def mixed_inputs(
+    decode: DecodeInputs, prefill_rows: list[Row], live: LiveSequences, page_tokens: int, ranks: Ranks
+) -> StepInputs:
+    """A step with prefill, beside decode rows if there are any: of the prefill tokens, those that this rank owns."""
+    device, num_decode = ranks.device, decode.tokens_B.shape[0]
+    sequences = [live[row.sequence_id] for row in prefill_rows]
+    prefill = _Tokens.of(prefill_rows, sequences, page_tokens)
+    mine = prefill.only(prefill.owners == ranks.rank)
     ends = np.cumsum([row.count for row in prefill_rows], dtype=np.int64)
 
     def to_device(array: np.ndarray, dtype: type = np.int32) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device, non_blocking=True)
 
-    def sequence_pages(part: slice) -> SequencePages:
-        return _sequence_pages(rows[part], sequences[part], page_tokens, device)
+    def behind(decode_B: torch.Tensor, prefill_L: np.ndarray) -> torch.Tensor:
+        return torch.cat([decode_B, to_device(prefill_L).to(decode_B.dtype)])
 
-    share = None
-    if prefill_rows:
-        place = _place_in_owner(prefill.owners, ranks.size)
-        tokens_per_rank = np.bincount(prefill.owners, minlength=ranks.size)
-        share = PrefillShare(
-            q_offsets=to_device(np.concatenate([[0], ends])),
-            positions_Q=to_device(prefill.positions),
-            tokens_per_rank=tuple(tokens_per_rank.tolist()),
-            padded_rows_Q=to_device(prefill.owners * tokens_per_rank.max() + place, np.int64),
-            by_owner_Q=to_device(np.argsort(prefill.owners, kind="stable"), np.int64),
-        )
-        last = ends[[row.samples for row in prefill_rows]] - 1
-        sampling_owners = prefill.owners[last]
-        sampling_rows = np.where(sampling_owners == ranks.rank, num_decode + place[last], 0)
-    else:
-        sampling_owners = sampling_rows = np.zeros(0, np.int32)
+    place = _place_in_owner(prefill.owners, ranks.size)
+    tokens_per_rank = np.bincount(prefill.owners, minlength=ranks.size)
+    last = ends[[row.samples for row in prefill_rows]] - 1
+    sampling_owners = prefill.owners[last]
     return StepInputs(
-        tokens_N=to_device(tokens.ids, np.int64),
-        prompt_lengths_N=to_device(tokens.prompt_lengths, np.int64),
+        tokens_N=behind(decode.tokens_B, mine.ids),
+        prompt_lengths_N=behind(decode.prompt_lengths_B, mine.prompt_lengths),
         layout=StepLayout(
-            positions_N=to_device(tokens.positions),
-            pages_N=to_device(tokens.pages),
-            slots_N=to_device(tokens.positions % page_tokens),
-            decode=sequence_pages(slice(0, num_decode)),
-            prefill=sequence_pages(slice(num_decode, None)),
-            share=share,
+            positions_N=behind(decode.positions_B, mine.positions),
+            pages_N=behind(decode.pages_B, mine.pages),
+            slots_N=behind(decode.slots_B, mine.positions % page_tokens),
+            decode=decode.sequence_pages if num_decode else None,
+            prefill=_sequence_pages(prefill_rows, sequences, page_tokens, device),
+            share=PrefillShare(
+                q_offsets=to_device(np.concatenate([[0], ends])),
+                positions_Q=to_device(prefill.positions),
+                tokens_per_rank=tuple(tokens_per_rank.tolist()),
+                padded_rows_Q=to_device(prefill.owners * tokens_per_rank.max() + place, np.int64),
+                by_owner_Q=to_device(np.argsort(prefill.owners, kind="stable"), np.int64),
+            ),
         ),
-        sampled=SampledRows(
-            sequence_ids=[row.sequence_id for row in rows if row.samples],
-            decode_rows=to_device(np.flatnonzero([row.samples for row in rows[:num_decode]]), np.int64),
-            prefill_owners=sampling_owners.tolist(),
-            prefill_rows=to_device(sampling_rows, np.int64),
+        prefill_samples=PrefillSamples(
+            owners=sampling_owners.tolist(),
+            rows=to_device(np.where(sampling_owners == ranks.rank, num_decode + place[last], 0), np.int64),
         ),
     )
 

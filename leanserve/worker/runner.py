@@ -1,15 +1,18 @@
 """A rank's executor: applies step messages in order and computes them. Every rank runs the same code."""
 
+from collections.abc import Callable
+
 import torch
 
 from lean_attention import Backend
 from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.step import StepAttention
-from leanserve.contracts.batch import Batch, StepResult, step_checksum
+from leanserve.contracts.batch import Batch, Row, StepResult, step_checksum
 from leanserve.contracts.errors import DesyncError
 from leanserve.distributed.ranks import Ranks
 from leanserve.model.decoder import Decoder
-from leanserve.worker.inputs import SampledRows, StepInputs, build_inputs
+from leanserve.worker.decode_rows import DecodeRows
+from leanserve.worker.inputs import PrefillSamples, StepInputs, decode_inputs, mixed_inputs, split_rows
 from leanserve.worker.sampler import Draw, sample
 from leanserve.worker.sequences import LiveSequences
 
@@ -20,15 +23,33 @@ class Runner:
     """Executes steps over this rank's shard.
 
     Args:
+        max_sequences: that decode at once.
+        max_context_tokens: of one sequence, over all ranks.
         backend: attention backend, None for the device's own.
     """
 
-    def __init__(self, decoder: Decoder, shard: KvShard, ranks: Ranks, *, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        shard: KvShard,
+        ranks: Ranks,
+        *,
+        max_sequences: int,
+        max_context_tokens: int,
+        backend: Backend | None = None,
+    ) -> None:
         self._decoder = decoder
         self._shard = shard
         self._ranks = ranks
         self._backend: Backend | None = backend
         self._live = LiveSequences(ranks.rank, shard.page_tokens)
+        self._decode_rows = DecodeRows(
+            max_rows=max_sequences,
+            max_pages=min(-(-max_context_tokens // shard.page_tokens), shard.num_pages),
+            page_tokens=shard.page_tokens,
+            device=ranks.device,
+        )
+        self._decode: Callable[[int], torch.Tensor | None] = self._decode_eagerly
         self._completed_step = 0
         self._checksum = 0
 
@@ -41,19 +62,81 @@ class Runner:
         """
         self._check_past(batch)
         self._live.apply(batch.dropped, batch.started, batch.grants)
-        token_ids: list[int] = []
-        if batch.rows:
-            inputs = build_inputs(batch.rows, self._live, self._shard.page_tokens, self._ranks)
-            hidden_NC = self._decoder.forward(
-                inputs.tokens_N,
-                inputs.layout.positions_N,
-                self._attention(inputs),
-                prompt_lengths_N=inputs.prompt_lengths_N,
-            )
-            token_ids = self._next_tokens(hidden_NC, inputs)
+        token_ids = self._next_tokens(batch.rows) if batch.rows else []
         self._completed_step = batch.step
         self._checksum = step_checksum(batch.step, token_ids)
         return StepResult(step=batch.step, token_ids=token_ids)
+
+    def _next_tokens(self, rows: list[Row]) -> list[int]:
+        """Compute a step: one token for each sampling row."""
+        decode_rows, prefill_rows = split_rows(rows)
+        self._decode_rows.arrange(decode_rows, [self._live[row.sequence_id] for row in decode_rows])
+        if prefill_rows:
+            logits_MV = self._decode_and_prefill(len(decode_rows), prefill_rows)
+        else:
+            logits_MV = self._decode(len(decode_rows))
+        if not (sampling_rows := [row for row in rows if row.samples]):
+            return []
+        tokens_M = self._sample(logits_MV, sampling_rows)
+        self._decode_rows.advance(tokens_M[: len(decode_rows)])
+        token_ids = tokens_M.tolist()
+        for row, token_id in zip(sampling_rows, token_ids, strict=True):
+            self._live[row.sequence_id].append_token(token_id)
+        return token_ids
+
+    def _decode_eagerly(self, num_rows: int) -> torch.Tensor | None:
+        """Rank 0's logits of the first `num_rows` decode rows. What a graph captures: it neither waits for the device
+        nor reads from it, and launches the same whatever the rows hold."""
+        inputs = decode_inputs(self._decode_rows.inputs(num_rows))
+        return self._logits(self._hidden(inputs))
+
+    def _decode_and_prefill(self, num_decode: int, prefill_rows: list[Row]) -> torch.Tensor | None:
+        """Rank 0's logits of all rows that sample; None where there are none."""
+        decode = self._decode_rows.inputs(num_decode)
+        inputs = mixed_inputs(decode, prefill_rows, self._live, self._shard.page_tokens, self._ranks)
+        hidden_NC = self._hidden(inputs)
+        hidden_MC = torch.cat([hidden_NC[:num_decode], self._prefill_hidden(hidden_NC, inputs.prefill_samples)])
+        return self._logits(hidden_MC) if hidden_MC.shape[0] else None
+
+    def _hidden(self, inputs: StepInputs) -> torch.Tensor:
+        """The model's states [N, C] of this rank's tokens."""
+        architecture = self._decoder.architecture
+        attention = StepAttention(
+            inputs.layout,
+            self._shard,
+            self._ranks,
+            num_heads=architecture.num_heads,
+            windows=architecture.layer_windows,
+            backend=self._backend,
+        )
+        return self._decoder.forward(
+            inputs.tokens_N, inputs.layout.positions_N, attention, prompt_lengths_N=inputs.prompt_lengths_N
+        )
+
+    def _prefill_hidden(self, hidden_NC: torch.Tensor, samples: PrefillSamples) -> torch.Tensor:
+        """Hidden states of the sampling prefill rows, each from the rank that has it."""
+        if not samples.owners:
+            return hidden_NC[:0]
+        if hidden_NC.shape[0] == 0:  # this rank owns nothing of the step
+            hidden_NC = hidden_NC.new_zeros((1, hidden_NC.shape[1]))
+        by_rank_RMC = self._ranks.all_gather(hidden_NC[samples.rows])
+        return by_rank_RMC[samples.owners, torch.arange(len(samples.owners))]
+
+    def _logits(self, hidden_MC: torch.Tensor) -> torch.Tensor | None:
+        """[M, V] on rank 0, which samples."""
+        return self._decoder.logits(hidden_MC) if self._ranks.rank == 0 else None
+
+    def _sample(self, logits_MV: torch.Tensor | None, rows: list[Row]) -> torch.Tensor:
+        """The next token of each row on every rank, int64 [M]: rank 0 draws, one small broadcast tells the others."""
+        if logits_MV is None:
+            tokens_M = torch.empty(len(rows), dtype=torch.int64, device=self._ranks.device)
+        else:
+            tokens_M = sample(logits_MV, [self._draw(row) for row in rows])
+        return self._ranks.broadcast_from_rank_0(tokens_M)
+
+    def _draw(self, row: Row) -> Draw:
+        sequence = self._live[row.sequence_id]
+        return Draw(sequence.sampling, sequence.seed, row.start + row.count - sequence.num_prompt_tokens)
 
     def _check_past(self, batch: Batch) -> None:
         if batch.step != self._completed_step + 1:
@@ -65,41 +148,3 @@ class Runner:
                 f"rank {self._ranks.rank} has checksum {self._checksum:#010x} for step {self._completed_step}, "
                 f"rank 0 has {batch.checksum:#010x}: the ranks have drifted apart"
             )
-
-    def _attention(self, inputs: StepInputs) -> StepAttention:
-        architecture = self._decoder.architecture
-        return StepAttention(
-            inputs.layout,
-            self._shard,
-            self._ranks,
-            num_heads=architecture.num_heads,
-            windows=architecture.layer_windows,
-            backend=self._backend,
-        )
-
-    def _next_tokens(self, hidden_NC: torch.Tensor, inputs: StepInputs) -> list[int]:
-        """Rank 0 samples; one small broadcast tells every rank."""
-        sampled = [self._live[sequence_id] for sequence_id in inputs.sampled.sequence_ids]
-        if not sampled:
-            return []
-        hidden_MC = self._sampled_hidden(hidden_NC, inputs.sampled)
-        if self._ranks.rank == 0:
-            draws = [Draw(s.sampling, s.seed, s.num_tokens - s.num_prompt_tokens) for s in sampled]
-            tokens_M = sample(self._decoder.logits(hidden_MC), draws)
-        else:
-            tokens_M = torch.empty(len(sampled), dtype=torch.int64, device=self._ranks.device)
-        token_ids = self._ranks.broadcast_from_rank_0(tokens_M).tolist()
-        for sequence, token_id in zip(sampled, token_ids, strict=True):
-            sequence.append_token(token_id)
-        return token_ids
-
-    def _sampled_hidden(self, hidden_NC: torch.Tensor, sampled: SampledRows) -> torch.Tensor:
-        """Hidden states of the sampling rows. Every rank has the decode rows; a prefill row comes from its owner."""
-        decode_MC = hidden_NC[sampled.decode_rows]
-        if not sampled.prefill_owners:
-            return decode_MC
-        if hidden_NC.shape[0] == 0:  # this rank owns nothing of the step
-            hidden_NC = hidden_NC.new_zeros((1, hidden_NC.shape[1]))
-        by_rank_RMC = self._ranks.all_gather(hidden_NC[sampled.prefill_rows])
-        rows = torch.arange(len(sampled.prefill_owners))
-        return torch.cat([decode_MC, by_rank_RMC[sampled.prefill_owners, rows]])
