@@ -76,6 +76,14 @@ CommOption = Annotated[
 AttentionOption = Annotated[
     AttentionChoice, typer.Option(help="auto: Triton on GPUs, portable elsewhere.", rich_help_panel=RANKS)
 ]
+EnforceEager = Annotated[
+    bool,
+    typer.Option(
+        "--enforce-eager",
+        help="No CUDA graphs: a faster start and less memory, slower decoding. On the CPU there are none anyway.",
+        rich_help_panel=RANKS,
+    ),
+]
 PageTokens = Annotated[int, typer.Option(help="Tokens per KV page: 16, 32, 64, 128 or 256.", rich_help_panel=MEMORY)]
 MaxContext = Annotated[
     str,
@@ -142,6 +150,7 @@ def serve(
     device: DeviceOption = DeviceChoice.auto,
     comm: CommOption = CommChoice.auto,
     attention: AttentionOption = AttentionChoice.auto,
+    enforce_eager: EnforceEager = False,
     dtype: DType = DTypeChoice.auto,
     page_tokens: PageTokens = 64,
     max_context_tokens: MaxContext = "auto",
@@ -173,6 +182,7 @@ def serve(
             device=device.value,
             comm=comm.value,
             attention=attention.value,
+            enforce_eager=enforce_eager,
             page_tokens=page_tokens,
             kv_memory=None if kv_memory == "auto" else kv_memory,
             max_context_tokens=_count_or_auto("--max-context-tokens", max_context_tokens),
@@ -198,6 +208,7 @@ def generate(
     device: DeviceOption = DeviceChoice.auto,
     comm: CommOption = CommChoice.auto,
     attention: AttentionOption = AttentionChoice.auto,
+    enforce_eager: EnforceEager = False,
     dtype: DType = DTypeChoice.auto,
     page_tokens: PageTokens = 64,
     kv_memory: KvMemory = "auto",
@@ -216,6 +227,7 @@ def generate(
         device=device.value,
         comm=comm.value,
         attention=attention.value,
+        enforce_eager=enforce_eager,
         dtype=dtype.value,
         page_tokens=page_tokens,
         kv_memory=None if kv_memory == "auto" else kv_memory,

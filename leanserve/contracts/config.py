@@ -70,6 +70,9 @@ class EngineConfig:
     comm: Comm = "auto"
     """auto: NCCL on GPUs, Gloo on the CPU. gloo with --device cuda lets several ranks share one GPU."""
     attention: AttentionBackend = "auto"
+    enforce_eager: bool = False
+    """Launch every kernel of a decode step anew. False: replay CUDA graphs where the device, the attention and the
+    collectives allow it."""
     cache: CacheOptions = field(default_factory=CacheOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
 

@@ -86,6 +86,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """For people: `cpu, 2 threads per rank` or `NVIDIA H200`."""
     attention: str
     """`triton` or `portable`."""
+    captures_graphs: bool = False
+    """Whether decode steps are replayed as CUDA graphs."""
     prefix_cache: bool = False
     """Whether requests that begin alike share pages."""
 

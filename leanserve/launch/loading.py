@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lean_attention import Backend
+from lean_attention.backend import choose_backend
 from leanserve.attention.kv_shard import KvShard
 from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.errors import ConfigError
@@ -17,7 +19,9 @@ from leanserve.distributed.ranks import Ranks
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
 from leanserve.model.weights import load_weights
+from leanserve.worker.decode_rows import DecodeRows
 from leanserve.worker.device import choose_device, choose_dtype, describe
+from leanserve.worker.graphs import supports_graphs
 from leanserve.worker.memory import kv_budget_bytes, num_pages
 from leanserve.worker.runner import Runner
 
@@ -58,20 +62,25 @@ class LoadedRank:
 
 
 def load_rank(
-    place: Place, store: dist.Store, config: EngineConfig, progress: Callable[[int, int], None]
+    place: Place,
+    store: dist.Store,
+    config: EngineConfig,
+    progress: Callable[[int, int], None],
+    capture_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadedRank:
-    """Join the group, load the weights and lay out the pool. Every rank calls it with the same config.
+    """Join the group, load the weights, lay out the pool, capture graphs. Every rank calls it with the same config.
 
     Args:
         progress: told (done, total) bytes of weights.
+        capture_progress: told (done, total) CUDA graphs, where there are any.
 
     Raises:
         ConfigError: an option this machine or model cannot meet.
         ModelError: the checkpoint cannot be served.
     """
     device = choose_device(config.device, place.local_rank, place.local_size, shares_gpu=config.comm == "gloo")
-    backend = config.comm if config.comm != "auto" else ("gloo" if device.type == "cpu" else "nccl")
-    ranks = Ranks.join(rank=place.rank, size=place.size, store=store, backend=backend, device=device)
+    comm = config.comm if config.comm != "auto" else ("gloo" if device.type == "cpu" else "nccl")
+    ranks = Ranks.join(rank=place.rank, size=place.size, store=store, backend=comm, device=device)
 
     model_dir = Path(config.model_dir)
     architecture = read_architecture(model_dir)
@@ -79,6 +88,8 @@ def load_rank(
     decoder = Decoder(architecture, dtype=dtype, device=device)
     load_weights(decoder, model_dir, progress=progress)
 
+    attention = _choose_attention(config, device)
+    captures = supports_graphs(ranks, attention) and not config.enforce_eager
     kv_bytes_per_token = architecture.kv_bytes_per_token(dtype.itemsize)
     page_bytes = kv_bytes_per_token * config.cache.page_tokens
     ranks_on_device = place.local_size if config.comm == "gloo" and device.type == "cuda" else 1
@@ -87,7 +98,7 @@ def load_rank(
         device,
         ranks_on_host=place.local_size,
         ranks_on_device=ranks_on_device,
-        activation_bytes=_activation_bytes(architecture, config, dtype),
+        activation_bytes=_activation_bytes(architecture, config, dtype, captures=captures),
     )
     pages_per_rank = ranks.gather_ints(num_pages(budget, page_bytes, config.cache.page_tokens))
     sharding = KvSharding(page_tokens=config.cache.page_tokens, pages_per_rank=pages_per_rank)
@@ -100,20 +111,22 @@ def load_rank(
         dtype=dtype,
         device=device,
     )
-    attention = config.attention if config.attention != "auto" else None
     max_context_tokens = _max_context_tokens(config, architecture, sharding)
+    runner = Runner(
+        decoder,
+        shard,
+        ranks,
+        max_sequences=config.batch.max_sequences,
+        max_context_tokens=max_context_tokens,
+        backend=attention,
+    )
+    if captures:
+        runner.capture_graphs(capture_progress)
     return LoadedRank(
         ranks=ranks,
         decoder=decoder,
         shard=shard,
-        runner=Runner(
-            decoder,
-            shard,
-            ranks,
-            max_sequences=config.batch.max_sequences,
-            max_context_tokens=max_context_tokens,
-            backend=attention,
-        ),
+        runner=runner,
         sharding=sharding,
         info=EngineInfo(
             architecture=architecture.describe(),
@@ -126,19 +139,32 @@ def load_rank(
             kv_bytes_per_token=kv_bytes_per_token,
             dtype=str(dtype).removeprefix("torch."),
             device=describe(device),
-            attention=attention or ("portable" if device.type == "cpu" else "triton"),
+            attention=attention,
+            captures_graphs=captures,
             prefix_cache=config.cache.prefix_cache and not decoder.rope.depends_on_length,
         ),
     )
 
 
-def _activation_bytes(architecture: Architecture, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits."""
-    tokens = config.batch.max_batch_tokens
+def _choose_attention(config: EngineConfig, device: torch.device) -> Backend:
+    try:
+        return choose_backend(None if config.attention == "auto" else config.attention, device)
+    except ValueError as error:
+        raise ConfigError(f"--attention {config.attention}: {error}") from error
+
+
+def _activation_bytes(architecture: Architecture, config: EngineConfig, dtype: torch.dtype, *, captures: bool) -> int:
+    """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits; of
+    captured graphs the same once more, for decode rows; and the page tables of these."""
+    sequences, page_tokens = config.batch.max_sequences, config.cache.page_tokens
     widest = 2 * architecture.intermediate_size + 4 * architecture.hidden_size
     states = architecture.num_heads * (architecture.head_dim + 1) * 4 * 3
-    logits = config.batch.max_sequences * architecture.vocab_size * 4 * 2
-    return tokens * (widest * dtype.itemsize * 2 + states) + logits
+    logits = sequences * architecture.vocab_size * 4 * 2
+    token_bytes = widest * dtype.itemsize * 2 + states
+    longest = config.cache.max_context_tokens or architecture.max_positions
+    page_tables = DecodeRows.bytes_for(sequences, -(-longest // page_tokens))
+    graphs = sequences * token_bytes + logits if captures else 0
+    return config.batch.max_batch_tokens * token_bytes + logits + graphs + page_tables
 
 
 def _max_context_tokens(config: EngineConfig, architecture: Architecture, sharding: KvSharding) -> int:

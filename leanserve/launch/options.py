@@ -35,6 +35,8 @@ class LaunchOptions:
     device: Device = "auto"
     comm: Comm = "auto"
     attention: AttentionBackend = "auto"
+    enforce_eager: bool = False
+    """No CUDA graphs."""
     page_tokens: int = 64
     kv_memory: str | int | None = None
     """KV memory of each rank, such as 512MiB."""
@@ -68,6 +70,7 @@ class LaunchOptions:
             device=self.device,
             comm=self.comm,
             attention=self.attention,
+            enforce_eager=self.enforce_eager,
             cache=CacheOptions(
                 page_tokens=self.page_tokens,
                 kv_memory_bytes=None if self.kv_memory is None else parse_bytes(self.kv_memory),

@@ -12,6 +12,7 @@ from leanserve.contracts.errors import DesyncError
 from leanserve.distributed.ranks import Ranks
 from leanserve.model.decoder import Decoder
 from leanserve.worker.decode_rows import DecodeRows
+from leanserve.worker.graphs import DecodeGraphs, capture_sizes
 from leanserve.worker.inputs import PrefillSamples, StepInputs, decode_inputs, mixed_inputs, split_rows
 from leanserve.worker.sampler import Draw, sample
 from leanserve.worker.sequences import LiveSequences
@@ -43,6 +44,7 @@ class Runner:
         self._ranks = ranks
         self._backend: Backend | None = backend
         self._live = LiveSequences(ranks.rank, shard.page_tokens)
+        self._max_sequences = max_sequences
         self._decode_rows = DecodeRows(
             max_rows=max_sequences,
             max_pages=min(-(-max_context_tokens // shard.page_tokens), shard.num_pages),
@@ -52,6 +54,16 @@ class Runner:
         self._decode: Callable[[int], torch.Tensor | None] = self._decode_eagerly
         self._completed_step = 0
         self._checksum = 0
+
+    @torch.inference_mode()
+    def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
+        """From now on, replay steps of decode rows alone as CUDA graphs. Before the first step, on every rank.
+
+        Args:
+            progress: told (done, total) graphs.
+        """
+        sizes = capture_sizes(self._max_sequences)
+        self._decode = DecodeGraphs(self._decode_eagerly, sizes, self._ranks.device, progress)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
