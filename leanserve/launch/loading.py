@@ -21,7 +21,7 @@ from leanserve.model.decoder import Decoder
 from leanserve.model.weights import load_weights
 from leanserve.worker.decode_rows import DecodeRows
 from leanserve.worker.device import choose_device, choose_dtype, describe
-from leanserve.worker.graphs import supports_graphs
+from leanserve.worker.graphs import CudaCapture, supports_graphs
 from leanserve.worker.memory import kv_budget_bytes, num_pages
 from leanserve.worker.runner import Runner
 
@@ -121,7 +121,7 @@ def load_rank(
         backend=attention,
     )
     if captures:
-        runner.capture_graphs(capture_progress)
+        runner.capture_graphs(CudaCapture(device), capture_progress)
     return LoadedRank(
         ranks=ranks,
         decoder=decoder,

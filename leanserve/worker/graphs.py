@@ -11,7 +11,7 @@ import torch
 
 from leanserve.distributed.ranks import Ranks
 
-__all__ = ["DecodeGraphs", "capture_sizes", "supports_graphs"]
+__all__ = ["CudaCapture", "DecodeGraphs", "capture_sizes", "supports_graphs"]
 
 
 def capture_sizes(max_rows: int) -> tuple[int, ...]:
@@ -26,15 +26,38 @@ def supports_graphs(ranks: Ranks, attention: str) -> bool:
     return ranks.device.type == "cuda" and attention == "triton" and not ranks.stages_through_host
 
 
-class DecodeGraphs:
-    """Graphs of `decode`, which returns the logits [B, V] of the first B decode rows, or None (on every size alike).
+class CudaCapture:
+    """Makes CUDA graphs that never run at the same time: their intermediate results share one pool of memory."""
 
-    Every rank captures the same sizes in the same order. Afterwards nothing is allocated: intermediate results live in
-    one pool of memory that all graphs share, as they never run at once, and logits in one buffer.
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Do the work once, capture it, and return what does it again."""
+        # Outside a graph first: kernels are compiled and loaded, libraries and channels between ranks set up.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            work()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads (NCCL's watchdog among them) may ask CUDA for something meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+
+class DecodeGraphs:
+    """Graphs of a decode step for some batch sizes. Every rank captures the same sizes in the same order.
+
+    Afterwards a step allocates nothing: all graphs share one buffer for their logits, too.
 
     Args:
-        decode: neither waits for the device nor reads from it, and launches the same for a size whatever the rows hold.
+        decode: returns the logits [B, V] of the first B decode rows, or None whatever B. It neither waits for the
+            device nor reads from it, and launches the same for a size whatever the rows hold.
         sizes: rising.
+        capture: `CudaCapture`, or what does as it does.
         progress: told (done, total) sizes.
     """
 
@@ -42,36 +65,27 @@ class DecodeGraphs:
         self,
         decode: Callable[[int], torch.Tensor | None],
         sizes: tuple[int, ...],
-        device: torch.device,
+        capture: Callable[[Callable[[], None]], Callable[[], None]],
         progress: Callable[[int, int], None],
     ) -> None:
         self._sizes = sizes
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits_SV: torch.Tensor | None = None
-        stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._replays: dict[int, Callable[[], None]] = {}
         progress(0, len(sizes))
         # The largest first: what it needs holds every other.
         for done, size in enumerate(reversed(sizes), start=1):
-            # Outside a graph first: kernels are compiled and loaded, libraries and channels between ranks set up.
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                logits_BV = decode(size)
-                if self._logits_SV is None and logits_BV is not None:
-                    self._logits_SV = torch.empty_like(logits_BV)
-                del logits_BV
-            torch.cuda.synchronize(device)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads (NCCL's watchdog, ZMQ) may touch CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                logits_BV = decode(size)
-                if logits_BV is not None:
-                    assert self._logits_SV is not None
-                    self._logits_SV[:size] = logits_BV
-                del logits_BV
-            self._graphs[size] = graph
+            self._replays[size] = capture(lambda size=size: self._decode_into_buffer(decode, size))
             progress(done, len(sizes))
 
     def __call__(self, num_rows: int) -> torch.Tensor | None:
         """As `decode`. The logits are valid until the next call."""
-        self._graphs[min(size for size in self._sizes if size >= num_rows)].replay()
+        self._replays[min(size for size in self._sizes if size >= num_rows)]()
         return None if self._logits_SV is None else self._logits_SV[:num_rows]
+
+    def _decode_into_buffer(self, decode: Callable[[int], torch.Tensor | None], size: int) -> None:
+        logits_BV = decode(size)
+        if logits_BV is None:
+            return
+        if self._logits_SV is None:  # before the first capture
+            self._logits_SV = torch.empty_like(logits_BV)
+        self._logits_SV[:size] = logits_BV

@@ -56,14 +56,15 @@ class Runner:
         self._checksum = 0
 
     @torch.inference_mode()
-    def capture_graphs(self, progress: Callable[[int, int], None]) -> None:
-        """From now on, replay steps of decode rows alone as CUDA graphs. Before the first step, on every rank.
+    def capture_graphs(
+        self, capture: Callable[[Callable[[], None]], Callable[[], None]], progress: Callable[[int, int], None]
+    ) -> None:
+        """From now on, replay steps that hold decode rows alone. Every rank calls it, before the first step.
 
         Args:
-            progress: told (done, total) graphs.
+            capture, progress: as in `DecodeGraphs`.
         """
-        sizes = capture_sizes(self._max_sequences)
-        self._decode = DecodeGraphs(self._decode_eagerly, sizes, self._ranks.device, progress)
+        self._decode = DecodeGraphs(self._decode_eagerly, capture_sizes(self._max_sequences), capture, progress)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
