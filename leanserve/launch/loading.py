@@ -16,10 +16,10 @@ from leanserve.contracts.errors import ConfigError
 from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import EngineInfo
 from leanserve.distributed.ranks import Ranks
+from leanserve.model.activations import activation_bytes
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
 from leanserve.model.weights import load_weights
-from leanserve.worker.decode_rows import DecodeRows
 from leanserve.worker.device import choose_device, choose_dtype, describe
 from leanserve.worker.graphs import CudaCapture, supports_graphs
 from leanserve.worker.memory import kv_budget_bytes, num_pages
@@ -98,7 +98,13 @@ def load_rank(
         device,
         ranks_on_host=place.local_size,
         ranks_on_device=ranks_on_device,
-        activation_bytes=_activation_bytes(architecture, config, dtype, captures=captures),
+        activation_bytes=activation_bytes(
+            architecture,
+            config.batch,
+            dtype.itemsize,
+            page_tokens=config.cache.page_tokens,
+            captures_graphs=captures,
+        ),
     )
     pages_per_rank = ranks.gather_ints(num_pages(budget, page_bytes, config.cache.page_tokens))
     sharding = KvSharding(page_tokens=config.cache.page_tokens, pages_per_rank=pages_per_rank)
@@ -151,20 +157,6 @@ def _choose_attention(config: EngineConfig, device: torch.device) -> Backend:
         return choose_backend(None if config.attention == "auto" else config.attention, device)
     except ValueError as error:
         raise ConfigError(f"--attention {config.attention}: {error}") from error
-
-
-def _activation_bytes(architecture: Architecture, config: EngineConfig, dtype: torch.dtype, *, captures: bool) -> int:
-    """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits; of
-    captured graphs the same once more, for decode rows; and the page tables of these."""
-    sequences, page_tokens = config.batch.max_sequences, config.cache.page_tokens
-    widest = 2 * architecture.intermediate_size + 4 * architecture.hidden_size
-    states = architecture.num_heads * (architecture.head_dim + 1) * 4 * 3
-    logits = sequences * architecture.vocab_size * 4 * 2
-    token_bytes = widest * dtype.itemsize * 2 + states
-    longest = config.cache.max_context_tokens or architecture.max_positions
-    page_tables = DecodeRows.bytes_for(sequences, -(-longest // page_tokens))
-    graphs = sequences * token_bytes + logits if captures else 0
-    return config.batch.max_batch_tokens * token_bytes + logits + graphs + page_tables
 
 
 def _max_context_tokens(config: EngineConfig, architecture: Architecture, sharding: KvSharding) -> int:

@@ -65,11 +65,6 @@ class DecodeRows:
         self._num_pages: list[int] = []
         """By row: the pages that the device knows of."""
 
-    @staticmethod
-    def bytes_for(max_rows: int, max_pages: int) -> int:
-        """Device memory of the buffers."""
-        return max_rows * (2 * 4 * max_pages + 3 * 4 + 8)
-
     def arrange(self, rows: list[Row], sequences: list[LiveSequence]) -> None:
         """Make row b of the device that of rows[b], for all rows that decode in this step.
 
