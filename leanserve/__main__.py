@@ -50,6 +50,13 @@ class AttentionChoice(StrEnum):
     portable = "portable"
 
 
+class WeightsChoice(StrEnum):
+    auto = "auto"
+    replicated = "replicated"
+    mlp = "mlp"
+    all = "all"
+
+
 MODEL, RANKS, MEMORY, HTTP = "Model", "Ranks and devices", "Memory and batching", "HTTP"
 
 Ranks = Annotated[
@@ -75,6 +82,13 @@ CommOption = Annotated[
 ]
 AttentionOption = Annotated[
     AttentionChoice, typer.Option(help="auto: Triton on GPUs, portable elsewhere.", rich_help_panel=RANKS)
+]
+WeightsOption = Annotated[
+    WeightsChoice,
+    typer.Option(
+        help="Split over the ranks: none, MLP and vocabulary, or attention projections too. auto: what costs less.",
+        rich_help_panel=RANKS,
+    ),
 ]
 PageTokens = Annotated[int, typer.Option(help="Tokens per KV page: 16, 32, 64, 128 or 256.", rich_help_panel=MEMORY)]
 MaxContext = Annotated[
@@ -142,6 +156,7 @@ def serve(
     device: DeviceOption = DeviceChoice.auto,
     comm: CommOption = CommChoice.auto,
     attention: AttentionOption = AttentionChoice.auto,
+    weights: WeightsOption = WeightsChoice.auto,
     dtype: DType = DTypeChoice.auto,
     page_tokens: PageTokens = 64,
     max_context_tokens: MaxContext = "auto",
@@ -173,6 +188,7 @@ def serve(
             device=device.value,
             comm=comm.value,
             attention=attention.value,
+            weights=weights.value,
             page_tokens=page_tokens,
             kv_memory=None if kv_memory == "auto" else kv_memory,
             max_context_tokens=_count_or_auto("--max-context-tokens", max_context_tokens),
@@ -198,6 +214,7 @@ def generate(
     device: DeviceOption = DeviceChoice.auto,
     comm: CommOption = CommChoice.auto,
     attention: AttentionOption = AttentionChoice.auto,
+    weights: WeightsOption = WeightsChoice.auto,
     dtype: DType = DTypeChoice.auto,
     page_tokens: PageTokens = 64,
     kv_memory: KvMemory = "auto",
@@ -216,6 +233,7 @@ def generate(
         device=device.value,
         comm=comm.value,
         attention=attention.value,
+        weights=weights.value,
         dtype=dtype.value,
         page_tokens=page_tokens,
         kv_memory=None if kv_memory == "auto" else kv_memory,

@@ -16,9 +16,10 @@ from leanserve.contracts.messages import EngineInfo
 from leanserve.distributed.ranks import Ranks
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
+from leanserve.model.split_choice import CPU_COSTS, GPU_COSTS, SplitChoice, choose_split, describe_split
 from leanserve.model.weights import load_weights
 from leanserve.worker.device import choose_device, choose_dtype, describe
-from leanserve.worker.memory import kv_budget_bytes, num_pages
+from leanserve.worker.memory import kv_budget_bytes, memory_per_rank, num_pages
 from leanserve.worker.runner import Runner
 
 __all__ = ["LoadedRank", "Place", "load_rank"]
@@ -76,12 +77,13 @@ def load_rank(
     model_dir = Path(config.model_dir)
     architecture = read_architecture(model_dir)
     dtype = choose_dtype(config.dtype, architecture.checkpoint_dtype, device)
-    decoder = Decoder(architecture, dtype=dtype, device=device)
+    ranks_on_device = place.local_size if config.comm == "gloo" and device.type == "cuda" else 1
+    choice = _split(config, architecture, dtype, ranks, ranks_on_host=place.local_size, ranks_on_device=ranks_on_device)
+    decoder = Decoder(architecture, ranks=ranks, split=choice.split, dtype=dtype, device=device)
     load_weights(decoder, model_dir, progress=progress)
 
     kv_bytes_per_token = architecture.kv_bytes_per_token(dtype.itemsize)
     page_bytes = kv_bytes_per_token * config.cache.page_tokens
-    ranks_on_device = place.local_size if config.comm == "gloo" and device.type == "cuda" else 1
     budget = kv_budget_bytes(
         config.cache.kv_memory_bytes,
         device,
@@ -120,7 +122,32 @@ def load_rank(
             device=describe(device),
             attention=attention or ("portable" if device.type == "cpu" else "triton"),
             prefix_cache=config.cache.prefix_cache and not decoder.rope.depends_on_length,
+            weights=describe_split(decoder.partition, dtype.itemsize, choice.reason),
         ),
+    )
+
+
+def _split(
+    config: EngineConfig,
+    architecture: Architecture,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    *,
+    ranks_on_host: int,
+    ranks_on_device: int,
+) -> SplitChoice:
+    """Which weights are split; the same on every rank, also where their memories differ."""
+    if config.weights != "auto":
+        return SplitChoice(config.weights, reason="")
+    memory = memory_per_rank(ranks.device, ranks_on_host=ranks_on_host, ranks_on_device=ranks_on_device)
+    on_cpu = ranks.device.type == "cpu"
+    return choose_split(
+        architecture,
+        ranks=ranks.size,
+        ranks_per_memory=ranks_on_host if on_cpu else ranks_on_device,
+        dtype_bytes=dtype.itemsize,
+        costs=CPU_COSTS if on_cpu else GPU_COSTS,
+        memory_bytes=min(ranks.gather_ints(memory)),
     )
 
 

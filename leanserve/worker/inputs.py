@@ -13,6 +13,7 @@ from leanserve.attention.sharded_prefill import PrefillShare
 from leanserve.attention.step import SequencePages, StepLayout
 from leanserve.contracts.batch import Row
 from leanserve.distributed.ranks import Ranks
+from leanserve.distributed.token_exchange import TokenSpread
 from leanserve.worker.sequences import LiveSequence, LiveSequences
 
 __all__ = ["SampledRows", "StepInputs", "build_inputs"]
@@ -41,6 +42,7 @@ class StepInputs:
     prompt_lengths_N: torch.Tensor
     """int64: tokens in the prompt of each token's sequence."""
     layout: StepLayout
+    spread: TokenSpread
     sampled: SampledRows
 
 
@@ -91,14 +93,15 @@ def build_inputs(rows: list[Row], live: LiveSequences, page_tokens: int, ranks: 
     def sequence_pages(part: slice) -> SequencePages:
         return _sequence_pages(rows[part], sequences[part], page_tokens, device)
 
+    tokens_per_rank = np.bincount(prefill.owners, minlength=ranks.size)
+    spread = TokenSpread(num_decode, tuple(tokens_per_rank.tolist()))
     share = None
     if prefill_rows:
         place = _place_in_owner(prefill.owners, ranks.size)
-        tokens_per_rank = np.bincount(prefill.owners, minlength=ranks.size)
         share = PrefillShare(
             q_offsets=to_device(np.concatenate([[0], ends])),
             positions_Q=to_device(prefill.positions),
-            tokens_per_rank=tuple(tokens_per_rank.tolist()),
+            tokens_per_rank=spread.own_per_rank,
             padded_rows_Q=to_device(prefill.owners * tokens_per_rank.max() + place, np.int64),
             by_owner_Q=to_device(np.argsort(prefill.owners, kind="stable"), np.int64),
         )
@@ -118,6 +121,7 @@ def build_inputs(rows: list[Row], live: LiveSequences, page_tokens: int, ranks: 
             prefill=sequence_pages(slice(num_decode, None)),
             share=share,
         ),
+        spread=spread,
         sampled=SampledRows(
             sequence_ids=[row.sequence_id for row in rows if row.samples],
             decode_rows=to_device(np.flatnonzero([row.samples for row in rows[:num_decode]]), np.int64),

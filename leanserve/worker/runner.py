@@ -49,6 +49,7 @@ class Runner:
                 inputs.layout.positions_N,
                 self._attention(inputs),
                 prompt_lengths_N=inputs.prompt_lengths_N,
+                spread=inputs.spread,
             )
             token_ids = self._next_tokens(hidden_NC, inputs)
         self._completed_step = batch.step
@@ -83,9 +84,10 @@ class Runner:
         if not sampled:
             return []
         hidden_MC = self._sampled_hidden(hidden_NC, inputs.sampled)
-        if self._ranks.rank == 0:
+        logits_MV = self._decoder.logits(hidden_MC)
+        if logits_MV is not None:
             draws = [Draw(s.sampling, s.seed, s.num_tokens - s.num_prompt_tokens) for s in sampled]
-            tokens_M = sample(self._decoder.logits(hidden_MC), draws)
+            tokens_M = sample(logits_MV, draws)
         else:
             tokens_M = torch.empty(len(sampled), dtype=torch.int64, device=self._ranks.device)
         token_ids = self._ranks.broadcast_from_rank_0(tokens_M).tolist()
