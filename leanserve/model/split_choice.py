@@ -62,21 +62,20 @@ def choose_split(
     """
     if ranks == 1:
         return SplitChoice("replicated", "one rank holds everything")
-    parts = {split: Partition(architecture, split, 0, ranks) for split in _SPLITS}  # rank 0 holds the most
+    parts: dict[WeightSplit, Partition] = {  # of rank 0, which holds the most
+        split: Partition(architecture, split, 0, ranks) for split in _SPLITS
+    }
 
-    def step_s(split: WeightSplit) -> float:
-        read_bytes = _parameters_read(parts[split]) * dtype_bytes * ranks_per_memory
-        return read_bytes / costs.read_bytes_per_s + _collectives(parts[split]) * costs.collective_s
-
-    times = ", ".join(f"{step_s(split) * 1e3:.2g} ms {split}" for split in _SPLITS)
+    step_s = {split: _step_s(part, costs, dtype_bytes * ranks_per_memory) for split, part in parts.items()}
+    times = ", ".join(f"{seconds * 1e3:.1f} ms {split}" for split, seconds in step_s.items())
     estimate = f"a decode step's weights and their collectives take an estimated {times}"
-    fitting = [split for split in _SPLITS if parts[split].num_parameters * dtype_bytes <= _WEIGHTS_SHARE * memory_bytes]
+    room = _WEIGHTS_SHARE * memory_bytes
+    fitting = [split for split, part in parts.items() if part.num_parameters * dtype_bytes <= room]
     if not fitting:
         return SplitChoice("all", "even so, weights take more than half of each rank's memory")
-    best = min(fitting, key=step_s)
     if left_out := [split for split in _SPLITS if split not in fitting]:
         estimate += f"; {' and '.join(left_out)} would leave less than half of the memory to the KV cache"
-    return SplitChoice(best, estimate)
+    return SplitChoice(min(fitting, key=lambda split: step_s[split]), estimate)
 
 
 def describe_split(partition: Partition, dtype_bytes: int, reason: str) -> str:
@@ -94,6 +93,12 @@ def describe_split(partition: Partition, dtype_bytes: int, reason: str) -> str:
         what = "all matrices" if partition.splits_attention else "MLP and vocabulary"
         text = f"{what} split over the ranks, {mine_gib:.2f} of {whole_gib:.2f} GiB on each"
     return f"{text} (auto: {reason})" if reason else text
+
+
+def _step_s(partition: Partition, costs: StepCosts, read_bytes: int) -> float:
+    """`read_bytes` from memory for each weight that one rank reads."""
+    read_s = _parameters_read(partition) * read_bytes / costs.read_bytes_per_s
+    return read_s + _collectives(partition) * costs.collective_s
 
 
 def _parameters_read(partition: Partition) -> int:
