@@ -51,6 +51,13 @@ class AttentionChoice(StrEnum):
     portable = "portable"
 
 
+class WeightsChoice(StrEnum):
+    auto = "auto"
+    replicated = "replicated"
+    mlp = "mlp"
+    all = "all"
+
+
 MODEL, RANKS, MEMORY, HTTP = "Model", "Ranks and devices", "Memory and batching", "HTTP"
 
 Ranks = Annotated[
@@ -82,6 +89,13 @@ EnforceEager = Annotated[
     typer.Option(
         "--enforce-eager",
         help="No CUDA graphs: a faster start and less memory, slower decoding. On the CPU there are none anyway.",
+        rich_help_panel=RANKS,
+    ),
+]
+WeightsOption = Annotated[
+    WeightsChoice,
+    typer.Option(
+        help="Split over the ranks: none, MLP and vocabulary, or attention projections too. auto: what costs less.",
         rich_help_panel=RANKS,
     ),
 ]
@@ -152,6 +166,7 @@ def serve(
     comm: CommOption = CommChoice.auto,
     attention: AttentionOption = AttentionChoice.auto,
     enforce_eager: EnforceEager = False,
+    weights: WeightsOption = WeightsChoice.auto,
     dtype: DType = DTypeChoice.auto,
     page_tokens: PageTokens = 64,
     max_context_tokens: MaxContext = "auto",
@@ -184,6 +199,7 @@ def serve(
             comm=comm.value,
             attention=attention.value,
             enforce_eager=enforce_eager,
+            weights=weights.value,
             page_tokens=page_tokens,
             kv_memory=None if kv_memory == "auto" else kv_memory,
             max_context_tokens=_count_or_auto("--max-context-tokens", max_context_tokens),
@@ -210,6 +226,7 @@ def generate(
     comm: CommOption = CommChoice.auto,
     attention: AttentionOption = AttentionChoice.auto,
     enforce_eager: EnforceEager = False,
+    weights: WeightsOption = WeightsChoice.auto,
     dtype: DType = DTypeChoice.auto,
     page_tokens: PageTokens = 64,
     kv_memory: KvMemory = "auto",
@@ -229,6 +246,7 @@ def generate(
         comm=comm.value,
         attention=attention.value,
         enforce_eager=enforce_eager,
+        weights=weights.value,
         dtype=dtype.value,
         page_tokens=page_tokens,
         kv_memory=None if kv_memory == "auto" else kv_memory,

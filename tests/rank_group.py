@@ -36,6 +36,7 @@ class Case:
     max_batch_tokens: int = 256
     prefix_cache: bool = True
     attention: str = "auto"
+    weights: str = "auto"
     broken_page: tuple[int, int] | None = None
     """(rank, page) that is overwritten once every prompt has given a token: the outputs must change."""
     keep_logits: bool = False
@@ -47,6 +48,7 @@ class Case:
             dtype="float32",
             device="cpu",
             attention=self.attention,  # type: ignore[arg-type]
+            weights=self.weights,  # type: ignore[arg-type]
             cache=CacheOptions(
                 page_tokens=self.page_tokens,
                 kv_memory_bytes=self.pages_per_rank * self.page_tokens * token_bytes_of_kv,
@@ -127,8 +129,9 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
     if case.keep_logits:
         logits_of = loaded.decoder.logits
 
-        def keep(hidden: torch.Tensor) -> torch.Tensor:
+        def keep(hidden: torch.Tensor) -> torch.Tensor | None:
             logits = logits_of(hidden)
+            assert logits is not None, "rank 0 gets the logits"
             kept.append(logits.tolist())
             return logits
 

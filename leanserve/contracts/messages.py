@@ -90,6 +90,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Whether decode steps are replayed as CUDA graphs."""
     prefix_cache: bool = False
     """Whether requests that begin alike share pages."""
+    weights: str = ""
+    """Which weights are split over the ranks, what that takes on each, and why; for people."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):

@@ -202,6 +202,7 @@ def _print_banner(console: Console, info: EngineInfo, url: str, example: str | l
     console.print(
         f"""\
   ranks      {ranks} x {info.device}, {info.dtype}, {info.attention} attention
+  weights    {info.weights}
   KV cache   {pages_text} pages of {info.page_tokens} tokens per rank, {kv_bytes / 2**30:.2f} GiB in all
   context    up to {info.max_context_tokens:,} tokens (the model's own limit is {info.model_max_tokens:,})
   serving    [bold]{url}[/]

@@ -19,10 +19,11 @@ from leanserve.distributed.ranks import Ranks
 from leanserve.model.activations import activation_bytes
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
+from leanserve.model.split_choice import CPU_COSTS, GPU_COSTS, SplitChoice, choose_split, describe_split
 from leanserve.model.weights import load_weights
 from leanserve.worker.device import choose_device, choose_dtype, describe
 from leanserve.worker.graphs import CudaCapture, supports_graphs
-from leanserve.worker.memory import kv_budget_bytes, num_pages
+from leanserve.worker.memory import kv_budget_bytes, memory_per_rank, num_pages
 from leanserve.worker.runner import Runner
 
 __all__ = ["LoadedRank", "Place", "load_rank"]
@@ -85,14 +86,15 @@ def load_rank(
     model_dir = Path(config.model_dir)
     architecture = read_architecture(model_dir)
     dtype = choose_dtype(config.dtype, architecture.checkpoint_dtype, device)
-    decoder = Decoder(architecture, dtype=dtype, device=device)
+    ranks_on_device = place.local_size if config.comm == "gloo" and device.type == "cuda" else 1
+    choice = _split(config, architecture, dtype, ranks, ranks_on_host=place.local_size, ranks_on_device=ranks_on_device)
+    decoder = Decoder(architecture, ranks=ranks, split=choice.split, dtype=dtype, device=device)
     load_weights(decoder, model_dir, progress=progress)
 
     attention = _choose_attention(config, device)
     captures = supports_graphs(ranks, attention) and not config.enforce_eager
     kv_bytes_per_token = architecture.kv_bytes_per_token(dtype.itemsize)
     page_bytes = kv_bytes_per_token * config.cache.page_tokens
-    ranks_on_device = place.local_size if config.comm == "gloo" and device.type == "cuda" else 1
     budget = kv_budget_bytes(
         config.cache.kv_memory_bytes,
         device,
@@ -148,6 +150,7 @@ def load_rank(
             attention=attention,
             captures_graphs=captures,
             prefix_cache=config.cache.prefix_cache and not decoder.rope.depends_on_length,
+            weights=describe_split(decoder.partition, dtype.itemsize, choice.reason),
         ),
     )
 
@@ -157,6 +160,30 @@ def _choose_attention(config: EngineConfig, device: torch.device) -> Backend:
         return choose_backend(None if config.attention == "auto" else config.attention, device)
     except ValueError as error:
         raise ConfigError(f"--attention {config.attention}: {error}") from error
+
+
+def _split(
+    config: EngineConfig,
+    architecture: Architecture,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    *,
+    ranks_on_host: int,
+    ranks_on_device: int,
+) -> SplitChoice:
+    """Which weights are split; the same on every rank, also where their memories differ."""
+    if config.weights != "auto":
+        return SplitChoice(config.weights, reason="")
+    memory = memory_per_rank(ranks.device, ranks_on_host=ranks_on_host, ranks_on_device=ranks_on_device)
+    on_cpu = ranks.device.type == "cpu"
+    return choose_split(
+        architecture,
+        ranks=ranks.size,
+        ranks_per_memory=ranks_on_host if on_cpu else ranks_on_device,
+        dtype_bytes=dtype.itemsize,
+        costs=CPU_COSTS if on_cpu else GPU_COSTS,
+        memory_bytes=min(ranks.gather_ints(memory)),
+    )
 
 
 def _max_context_tokens(config: EngineConfig, architecture: Architecture, sharding: KvSharding) -> int:

@@ -13,6 +13,7 @@ from leanserve.attention.sharded_prefill import PrefillShare
 from leanserve.attention.step import SequencePages, StepLayout
 from leanserve.contracts.batch import Row
 from leanserve.distributed.ranks import Ranks
+from leanserve.distributed.token_exchange import TokenSpread
 from leanserve.worker.decode_rows import DecodeInputs
 from leanserve.worker.sequences import LiveSequence, LiveSequences
 
@@ -41,6 +42,7 @@ class StepInputs:
     prompt_lengths_N: torch.Tensor
     """int32: tokens in the prompt of each token's sequence."""
     layout: StepLayout
+    spread: TokenSpread
     prefill_samples: PrefillSamples
 
 
@@ -76,7 +78,7 @@ def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     return rows[:num_decode], rows[num_decode:]
 
 
-def decode_inputs(decode: DecodeInputs) -> StepInputs:
+def decode_inputs(decode: DecodeInputs, num_ranks: int) -> StepInputs:
     """A step of decode rows alone."""
     return StepInputs(
         tokens_N=decode.tokens_B,
@@ -89,6 +91,7 @@ def decode_inputs(decode: DecodeInputs) -> StepInputs:
             prefill=None,
             share=None,
         ),
+        spread=TokenSpread(decode.tokens_B.shape[0], (0,) * num_ranks),
         prefill_samples=NO_SAMPLES,
     )
 
@@ -111,6 +114,7 @@ def mixed_inputs(
 
     place = _place_in_owner(prefill.owners, ranks.size)
     tokens_per_rank = np.bincount(prefill.owners, minlength=ranks.size)
+    spread = TokenSpread(num_decode, tuple(tokens_per_rank.tolist()))
     last = ends[[row.samples for row in prefill_rows]] - 1
     sampling_owners = prefill.owners[last]
     return StepInputs(
@@ -125,11 +129,12 @@ def mixed_inputs(
             share=PrefillShare(
                 q_offsets=to_device(np.concatenate([[0], ends])),
                 positions_Q=to_device(prefill.positions),
-                tokens_per_rank=tuple(tokens_per_rank.tolist()),
+                tokens_per_rank=spread.own_per_rank,
                 padded_rows_Q=to_device(prefill.owners * tokens_per_rank.max() + place, np.int64),
                 by_owner_Q=to_device(np.argsort(prefill.owners, kind="stable"), np.int64),
             ),
         ),
+        spread=spread,
         prefill_samples=PrefillSamples(
             owners=sampling_owners.tolist(),
             rows=to_device(np.where(sampling_owners == ranks.rank, num_decode + place[last], 0), np.int64),

@@ -100,8 +100,8 @@ class Runner:
     def _decode_eagerly(self, num_rows: int) -> torch.Tensor | None:
         """Rank 0's logits of the first `num_rows` decode rows. What a graph captures: it neither waits for the device
         nor reads from it, and launches the same whatever the rows hold."""
-        inputs = decode_inputs(self._decode_rows.inputs(num_rows))
-        return self._logits(self._hidden(inputs))
+        inputs = decode_inputs(self._decode_rows.inputs(num_rows), self._ranks.size)
+        return self._decoder.logits(self._hidden(inputs))
 
     def _decode_and_prefill(self, num_decode: int, prefill_rows: list[Row]) -> torch.Tensor | None:
         """Rank 0's logits of all rows that sample; None where there are none."""
@@ -109,7 +109,7 @@ class Runner:
         inputs = mixed_inputs(decode, prefill_rows, self._live, self._shard.page_tokens, self._ranks)
         hidden_NC = self._hidden(inputs)
         hidden_MC = torch.cat([hidden_NC[:num_decode], self._prefill_hidden(hidden_NC, inputs.prefill_samples)])
-        return self._logits(hidden_MC) if hidden_MC.shape[0] else None
+        return self._decoder.logits(hidden_MC) if hidden_MC.shape[0] else None
 
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         """The model's states [N, C] of this rank's tokens."""
@@ -123,7 +123,11 @@ class Runner:
             backend=self._backend,
         )
         return self._decoder.forward(
-            inputs.tokens_N, inputs.layout.positions_N, attention, prompt_lengths_N=inputs.prompt_lengths_N
+            inputs.tokens_N,
+            inputs.layout.positions_N,
+            attention,
+            prompt_lengths_N=inputs.prompt_lengths_N,
+            spread=inputs.spread,
         )
 
     def _prefill_hidden(self, hidden_NC: torch.Tensor, samples: PrefillSamples) -> torch.Tensor:
@@ -134,10 +138,6 @@ class Runner:
             hidden_NC = hidden_NC.new_zeros((1, hidden_NC.shape[1]))
         by_rank_RMC = self._ranks.all_gather(hidden_NC[samples.rows])
         return by_rank_RMC[samples.owners, torch.arange(len(samples.owners))]
-
-    def _logits(self, hidden_MC: torch.Tensor) -> torch.Tensor | None:
-        """[M, V] on rank 0, which samples."""
-        return self._decoder.logits(hidden_MC) if self._ranks.rank == 0 else None
 
     def _sample(self, logits_MV: torch.Tensor | None, rows: list[Row]) -> torch.Tensor:
         """The next token of each row on every rank, int64 [M]: rank 0 draws, one small broadcast tells the others."""

@@ -150,19 +150,21 @@ class MirrorRanks(Ranks):
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         return torch.stack([mine] * self.size)
 
+    def all_to_all(self, mine: torch.Tensor, send_rows: list[int], receive_rows: list[int]) -> torch.Tensor:
+        return mine.new_zeros((sum(receive_rows), *mine.shape[1:]))
+
     def broadcast_from_rank_0(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
-def test_a_decode_step_leaves_the_host_alone(tmp_path_factory, monkeypatch, num_ranks):
+@pytest.mark.parametrize(("num_ranks", "split"), [(1, "replicated"), (3, "replicated"), (3, "all")])
+def test_a_decode_step_leaves_the_host_alone(tmp_path_factory, monkeypatch, num_ranks, split):
     """On a device without numbers: reading one, or mixing in one of the host's, is an error. The CPU, where device and
     host are one, cannot show that."""
     pytest.importorskip("lean_attention.stream_k")  # before the variable: its kernels are not to be interpreted here
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets the Triton backend be chosen without a GPU
     device = torch.device("meta")
     architecture = read_architecture(checkpoint(tmp_path_factory, **MODEL))
-    decoder = Decoder(architecture, dtype=torch.bfloat16, device=device)
     shard = KvShard(
         num_layers=architecture.num_layers,
         num_pages=40,
@@ -173,6 +175,7 @@ def test_a_decode_step_leaves_the_host_alone(tmp_path_factory, monkeypatch, num_
         device=device,
     )
     ranks = MirrorRanks(rank=0, size=num_ranks, device=device, group=None, stages_through_host=False)
+    decoder = Decoder(architecture, ranks=ranks, split=split, dtype=torch.bfloat16, device=device)
     runner = Runner(decoder, shard, ranks, max_sequences=4, max_context_tokens=128, backend="triton")
     with torch.inference_mode(), Tape(storages_of(lambda: runner._decode_eagerly(4))) as tape:
         logits = runner._decode_eagerly(4)
