@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from leanserve.contracts.kv_sharding import PageGrant
+from leanserve.contracts.kv_sharding import PageCopy, PageGrant
 from leanserve.contracts.sampling import SamplingParams
 
 __all__ = ["Batch", "NewSequence", "Row", "StepResult", "StepTimes", "Stop", "step_checksum"]
@@ -35,7 +35,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
-    """A step message. Ranks apply it in this order: dropped, started, grants, rows.
+    """A step message. Ranks apply it in this order: dropped, started, grants, copies, rows.
 
     `rows` holds decode rows (count 1, samples true) first, prefill chunks after them. A row's tokens are either in
     `started`, or were sampled in an earlier step, which every rank has seen.
@@ -48,6 +48,8 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     started: list[NewSequence]
     grants: list[PageGrant]
     """New pages of all ranks; a rank keeps its own."""
+    copies: list[PageCopy]
+    """All sources are read before any target is written: a page may be both."""
     rows: list[Row]
     checked_step: int
     """The newest step that rank 0 completed (0: none), and ..."""

@@ -45,6 +45,7 @@ class Runner:
         """
         self._check_past(batch)
         self._live.apply(batch.dropped, batch.started, batch.grants)
+        self._shard.copy_pages([(copy.source, copy.target) for copy in batch.copies if copy.rank == self._ranks.rank])
         token_ids: list[int] = []
         if batch.rows:
             with self._in_forward:
