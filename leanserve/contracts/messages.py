@@ -90,6 +90,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """`triton` or `portable`."""
     prefix_cache: bool = False
     """Whether requests that begin alike share pages."""
+    tokens_of_one_more_rank: int = 0
+    """By so many the KV cache would grow with one more rank like these; 0 where the ranks share one memory."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):

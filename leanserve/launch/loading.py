@@ -82,6 +82,7 @@ def load_rank(
     kv_bytes_per_token = architecture.kv_bytes_per_token(dtype.itemsize)
     page_bytes = kv_bytes_per_token * config.cache.page_tokens
     ranks_on_device = place.local_size if config.comm == "gloo" and device.type == "cuda" else 1
+    ranks.gather_ints(0)  # all have loaded: what is free now is nobody's weights-to-be
     budget = kv_budget_bytes(
         config.cache.kv_memory_bytes,
         device,
@@ -89,6 +90,8 @@ def load_rank(
         ranks_on_device=ranks_on_device,
         activation_bytes=_activation_bytes(architecture, config, dtype),
     )
+    # A pool of the size that was asked for is each rank's own; what is free is shared on one host, or one GPU.
+    shares_memory = config.cache.kv_memory_bytes is None and (device.type == "cpu" or ranks_on_device > 1)
     pages_per_rank = ranks.gather_ints(num_pages(budget, page_bytes, config.cache.page_tokens))
     sharding = KvSharding(page_tokens=config.cache.page_tokens, pages_per_rank=pages_per_rank)
     shard = KvShard(
@@ -120,6 +123,7 @@ def load_rank(
             device=describe(device),
             attention=attention or ("portable" if device.type == "cpu" else "triton"),
             prefix_cache=config.cache.prefix_cache and not decoder.rope.depends_on_length,
+            tokens_of_one_more_rank=0 if shares_memory else min(pages_per_rank) * config.cache.page_tokens,
         ),
     )
 
