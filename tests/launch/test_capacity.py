@@ -38,7 +38,8 @@ def test_the_context_is_told_with_what_bounds_it(changes: dict, says: str) -> No
 
 def test_the_cache_is_told_in_pages_tokens_and_bytes() -> None:
     assert describe_cache(INFO) == (
-        "500 pages of 64 tokens per rank, 64,000 tokens in all: 7.81 GiB, 131,072 bytes a token, 65,536 on each of 2 ranks"
+        "500 pages of 64 tokens per rank, 64,000 tokens in all: 7.81 GiB, 131,072 bytes a token, "
+        "65,536 on each of 2 ranks"
     )
     uneven = msgspec.structs.replace(INFO, pages_per_rank=(500, 0, 300))
     assert describe_cache(uneven).startswith("0 to 500 pages of 64 tokens per rank, 51,200 tokens in all")
