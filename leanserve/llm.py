@@ -72,7 +72,8 @@ class LLM:
     Args:
         model: a checkpoint directory or a hub id; None is the bundled model.
         options: keywords of `LaunchOptions`: ranks, dtype, device, comm, attention, enforce_eager, weights,
-            page_tokens, kv_memory, max_context_tokens, prefix_cache, max_batch_tokens, max_sequences, long_prefill_tokens.
+            page_tokens, kv_memory, max_context_tokens, prefix_cache, max_batch_tokens, max_sequences,
+            long_prefill_tokens.
 
     Raises:
         ConfigError, ModelError: an option or the checkpoint is wrong.

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from leanserve.contracts.kv_sharding import PageGrant
+from leanserve.contracts.kv_sharding import PageCopy, PageGrant
 from leanserve.contracts.sampling import SamplingParams
 
-__all__ = ["Batch", "NewSequence", "Row", "StepResult", "Stop", "step_checksum"]
+__all__ = ["Batch", "NewSequence", "Row", "StepResult", "StepTimes", "Stop", "step_checksum"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -35,7 +35,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
-    """A step message. Ranks apply it in this order: dropped, started, grants, rows.
+    """A step message. Ranks apply it in this order: dropped, started, grants, copies, rows.
 
     `rows` holds decode rows (count 1, samples true) first, prefill chunks after them. A row's tokens are either in
     `started`, or were sampled in an earlier step, which every rank has seen.
@@ -48,6 +48,8 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     started: list[NewSequence]
     grants: list[PageGrant]
     """New pages of all ranks; a rank keeps its own."""
+    copies: list[PageCopy]
+    """All sources are read before any target is written: a page may be both."""
     rows: list[Row]
     checked_step: int
     """The newest step that rank 0 completed (0: none), and ..."""
@@ -59,11 +61,26 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """The last message on the channel: every rank ends in an orderly way."""
 
 
+class StepTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Where rank 0's device spent a step, in seconds.
+
+    On a GPU the host does not wait for these: of a step that samples nothing they are told with a later one.
+    """
+
+    forward_s: float = 0.0
+    """Laying out the inputs, the model's layers and logits."""
+    sample_s: float = 0.0
+    """The choice of tokens and telling it to the ranks."""
+    combine_s: float = 0.0
+    """Of both: in collectives, waiting for other ranks included. Those inside a CUDA graph are not counted."""
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What rank 0's worker gives back: one token per sampling row, in row order."""
 
     step: int
     token_ids: list[int]
+    times: StepTimes = StepTimes()
 
 
 def step_checksum(step: int, token_ids: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from leanserve.contracts.batch import StepTimes
 from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.sampling import FinishReason, SamplingParams
 
@@ -15,6 +16,7 @@ __all__ = [
     "Hello",
     "Loading",
     "Shutdown",
+    "StepReport",
     "Submit",
     "ToEngine",
     "TokenOutput",
@@ -92,6 +94,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Whether requests that begin alike share pages."""
     weights: str = ""
     """Which weights are split over the ranks, what that takes on each, and why; for people."""
+    tokens_of_one_more_rank: int = 0
+    """By so many the KV cache would grow with one more rank like these; 0 where the ranks share one memory."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -118,17 +122,47 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """In the request's first output that has tokens: how many prompt tokens the prefix cache held."""
 
 
+class StepReport(msgspec.Struct, frozen=True, array_like=True):
+    """What one step held and took. Every step is reported once."""
+
+    decode_rows: int
+    """Sequences that lacked one token: running streams, and now and then a prompt's last token."""
+    prefill_tokens: int
+    """Of prompts, and of sequences that are computed again after a preemption."""
+    schedule_s: float
+    """Choosing the step's work and booking its results, on the host."""
+    times: StepTimes
+
+
 class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
-    """One step's outputs, and what the front end needs to know about the engine's load."""
+    """One step's outputs, and what the front end needs to know about the engine's load.
+
+    Gauges are as of now; counters count since the engine started.
+    """
 
     step: int
     outputs: list[TokenOutput]
     running: int
     waiting: int
+    """Requests in the queue, those sent back to it by a preemption included."""
     pages_used_per_rank: tuple[int, ...]
-    """Pages referenced by live sequences."""
+    """Pages referenced by live sequences; `EngineInfo.pages_per_rank` is how many there are."""
     preemptions: int
     """Since start."""
+    pages_cached_per_rank: tuple[int, ...] = ()
+    """Pages that no sequence references and the prefix cache keeps; they are free for whoever needs room."""
+    prefix_queried_tokens: int = 0
+    """Since start: prompt tokens of admitted requests that were looked up in the prefix cache."""
+    prefix_hit_tokens: int = 0
+    """Since start: how many of them it held."""
+    step_report: StepReport | None = None
+    """None in a message between two steps."""
+
+    @property
+    def page_imbalance(self) -> float:
+        """Pages of the rank that reads most over the mean of all ranks: 1 is even, and N all on one of N ranks."""
+        used = self.pages_used_per_rank
+        return max(used) * len(used) / sum(used) if any(used) else 1.0
 
 
 ToEngine = Configure | Submit | Abort | Shutdown

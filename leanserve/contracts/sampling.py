@@ -6,11 +6,19 @@ import msgspec
 
 from leanserve.contracts.errors import RequestError
 
-__all__ = ["MAX_CACHE_SALT_CHARS", "MAX_STOP_STRINGS", "MAX_STOP_TOKEN_IDS", "FinishReason", "SamplingParams"]
+__all__ = [
+    "MAX_CACHE_SALT_CHARS",
+    "MAX_PRIORITY",
+    "MAX_STOP_STRINGS",
+    "MAX_STOP_TOKEN_IDS",
+    "FinishReason",
+    "SamplingParams",
+]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
 MAX_CACHE_SALT_CHARS = 256
+MAX_PRIORITY = 1_000_000
 
 FinishReason = str
 """`"stop"` (an end token, a stop string or a stop id), `"length"` (max_tokens), `"abort"` or `"error"`."""
@@ -41,6 +49,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Token ids that end the completion."""
     ignore_eos: bool = False
     """Go on past the model's own end-of-sequence tokens."""
+    priority: int = 0
+    """Lower is more urgent: each step is worth 10 s of waiting, so that whoever waits long enough comes first in the
+    end. From -1,000,000 to 1,000,000."""
     cache_salt: str | None = None
     """Requests share cached pages only with those of the same salt, so that one tenant cannot find out by timing what
     another has sent. Any text of 1 to 256 characters; None is shared by all who give none."""
@@ -85,6 +96,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise refuse("stop", f"it must be at most {MAX_STOP_STRINGS} non-empty strings")
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS or any(not is_int(t) or t < 0 for t in self.stop_token_ids):
             raise refuse("stop_token_ids", f"it must be at most {MAX_STOP_TOKEN_IDS} token ids, none negative")
+        if not is_int(self.priority) or abs(self.priority) > MAX_PRIORITY:
+            raise refuse("priority", f"it must be an integer from {-MAX_PRIORITY} (most urgent) to {MAX_PRIORITY}")
         if self.cache_salt is not None and not is_text(self.cache_salt, MAX_CACHE_SALT_CHARS):
             raise refuse("cache_salt", f"it must be a string of 1 to {MAX_CACHE_SALT_CHARS} characters")
 

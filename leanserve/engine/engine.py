@@ -2,11 +2,13 @@
 it goes."""
 
 import secrets
+import time
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.errors import EngineError, RequestError
-from leanserve.contracts.messages import Submit, TokenOutput, TokenOutputs
+from leanserve.contracts.messages import StepReport, Submit, TokenOutput, TokenOutputs
 from leanserve.contracts.sampling import FinishReason
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
@@ -18,14 +20,22 @@ class Engine:
     """Every accepted request gets exactly one TokenOutput with a finish reason: from `step`, `abort` or `fail`."""
 
     def __init__(
-        self, scheduler: Scheduler, execute: Callable[[Batch], StepResult], eos_token_ids: Iterable[int]
+        self,
+        scheduler: Scheduler,
+        execute: Callable[[Batch], StepResult],
+        eos_token_ids: Iterable[int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`execute` runs a batch on all ranks and returns one token per sampling row; the batch may have no rows."""
+        """`execute` runs a batch on all ranks and returns one token per sampling row; the batch may have no rows.
+        `clock` tells when a request came, in seconds."""
         self._scheduler = scheduler
+        self._clock = clock
         self._execute = execute
         self._eos_token_ids = frozenset(eos_token_ids)
         self._live: dict[str, Sequence] = {}
         self._next_sequence_id = 1
+        self._step_report: StepReport | None = None
+        """Of a step that `report` has not told yet."""
 
     @property
     def has_work(self) -> bool:
@@ -59,6 +69,7 @@ class Engine:
             sampling=sampling,
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             end_token_ids=end_token_ids if sampling.ignore_eos else end_token_ids | self._eos_token_ids,
+            arrived_s=self._clock(),
         )
         self._scheduler.add(sequence)
         self._next_sequence_id += 1
@@ -70,19 +81,28 @@ class Engine:
 
     def step(self) -> list[TokenOutput]:
         """Compute one step. What `execute` raises comes through: the engine is then only good for `fail`."""
+        started_s = time.perf_counter()
         batch = self._scheduler.next_batch()
         if batch is None:
             return []
+        scheduled_s = time.perf_counter()
         result = self._execute(batch)
-        return self._finish(batch, result)
+        executed_s = time.perf_counter()
+        outputs = self._finish(batch, result)
+        host_s = scheduled_s - started_s + time.perf_counter() - executed_s
+        decode_rows = sum(1 for _ in takewhile(lambda row: row.count == 1, batch.rows))
+        prefill_tokens = sum(row.count for row in batch.rows[decode_rows:])
+        self._step_report = StepReport(decode_rows, prefill_tokens, host_s, result.times)
+        return outputs
 
     def fail(self, message: str) -> list[TokenOutput]:
         """End all live requests with an error that says `message`. Returns their last outputs."""
         return [self._end(sequence, "error", message) for sequence in list(self._live.values())]
 
     def report(self, outputs: list[TokenOutput]) -> TokenOutputs:
-        """`outputs` with the load as it is now."""
+        """`outputs` with the load as it is now, and what the newest step took if that was not told before."""
         scheduler = self._scheduler
+        step_report, self._step_report = self._step_report, None
         return TokenOutputs(
             step=scheduler.step,
             outputs=outputs,
@@ -90,6 +110,10 @@ class Engine:
             waiting=scheduler.num_waiting,
             pages_used_per_rank=scheduler.pages_used_per_rank,
             preemptions=scheduler.preemptions,
+            pages_cached_per_rank=scheduler.pages_cached_per_rank,
+            prefix_queried_tokens=scheduler.prefix_queried_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            step_report=step_report,
         )
 
     def _finish(self, batch: Batch, result: StepResult) -> list[TokenOutput]:

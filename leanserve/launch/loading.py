@@ -95,6 +95,7 @@ def load_rank(
     captures = supports_graphs(ranks, attention) and not config.enforce_eager
     kv_bytes_per_token = architecture.kv_bytes_per_token(dtype.itemsize)
     page_bytes = kv_bytes_per_token * config.cache.page_tokens
+    ranks.gather_ints(0)  # all have loaded: what is free now is nobody's weights-to-be
     budget = kv_budget_bytes(
         config.cache.kv_memory_bytes,
         device,
@@ -108,6 +109,8 @@ def load_rank(
             captures_graphs=captures,
         ),
     )
+    # A pool of the size that was asked for is each rank's own; what is free is shared on one host, or one GPU.
+    shares_memory = config.cache.kv_memory_bytes is None and (device.type == "cpu" or ranks_on_device > 1)
     pages_per_rank = ranks.gather_ints(num_pages(budget, page_bytes, config.cache.page_tokens))
     sharding = KvSharding(page_tokens=config.cache.page_tokens, pages_per_rank=pages_per_rank)
     shard = KvShard(
@@ -151,6 +154,7 @@ def load_rank(
             captures_graphs=captures,
             prefix_cache=config.cache.prefix_cache and not decoder.rope.depends_on_length,
             weights=describe_split(decoder.partition, dtype.itemsize, choice.reason),
+            tokens_of_one_more_rank=0 if shares_memory else min(pages_per_rank) * config.cache.page_tokens,
         ),
     )
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from leanserve.contracts.errors import RequestError
 from leanserve.contracts.sampling import (
     MAX_CACHE_SALT_CHARS,
+    MAX_PRIORITY,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
@@ -168,6 +169,8 @@ class CompletionRequest(_Body):
     ignore_eos: bool | None = None
     cache_salt: Annotated[str | None, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] = None
     """Share cached prompts only with requests of the same salt."""
+    priority: Annotated[int | None, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = None
+    """Lower is more urgent; 0 if left out."""
     n: int | None = None
     best_of: int | None = None
     stream: bool | None = None
@@ -227,6 +230,7 @@ class CompletionRequest(_Body):
             "stop_token_ids": self.stop_token_ids,
             "ignore_eos": self.ignore_eos,
             "cache_salt": self.cache_salt,
+            "priority": self.priority,
         }
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 

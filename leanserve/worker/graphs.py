@@ -68,7 +68,7 @@ class DecodeGraphs:
         capture: Callable[[Callable[[], None]], Callable[[], None]],
         progress: Callable[[int, int], None],
     ) -> None:
-        self._sizes = sizes
+        self.sizes = sizes
         self._logits_SV: torch.Tensor | None = None
         self._replays: dict[int, Callable[[], None]] = {}
         progress(0, len(sizes))
@@ -79,7 +79,7 @@ class DecodeGraphs:
 
     def __call__(self, num_rows: int) -> torch.Tensor | None:
         """As `decode`. The logits are valid until the next call."""
-        self._replays[min(size for size in self._sizes if size >= num_rows)]()
+        self._replays[min(size for size in self.sizes if size >= num_rows)]()
         return None if self._logits_SV is None else self._logits_SV[:num_rows]
 
     def _decode_into_buffer(self, decode: Callable[[int], torch.Tensor | None], size: int) -> None:

@@ -7,9 +7,10 @@ import torch
 from lean_attention import Backend
 from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.step import StepAttention
-from leanserve.contracts.batch import Batch, Row, StepResult, step_checksum
+from leanserve.contracts.batch import Batch, Row, StepResult, StepTimes, step_checksum
 from leanserve.contracts.errors import DesyncError
 from leanserve.distributed.ranks import Ranks
+from leanserve.distributed.stopwatch import Stopwatch
 from leanserve.model.decoder import Decoder
 from leanserve.worker.decode_rows import DecodeRows
 from leanserve.worker.graphs import DecodeGraphs, capture_sizes
@@ -51,9 +52,13 @@ class Runner:
             page_tokens=shard.page_tokens,
             device=ranks.device,
         )
-        self._decode: Callable[[int], torch.Tensor | None] = self._decode_eagerly
+        self.graphs: DecodeGraphs | None = None
+        """Of `decode_eagerly`, once they are captured."""
         self._completed_step = 0
         self._checksum = 0
+        self._in_forward = Stopwatch(ranks.device)
+        self._in_sampling = Stopwatch(ranks.device)
+        ranks.in_collectives.take_s()  # what loading took is not the first step's
 
     @torch.inference_mode()
     def capture_graphs(
@@ -64,7 +69,8 @@ class Runner:
         Args:
             capture, progress: as in `DecodeGraphs`.
         """
-        self._decode = DecodeGraphs(self._decode_eagerly, capture_sizes(self._max_sequences), capture, progress)
+        self.graphs = DecodeGraphs(self.decode_eagerly, capture_sizes(self._max_sequences), capture, progress)
+        self._ranks.in_collectives.take_s()
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
@@ -75,31 +81,45 @@ class Runner:
         """
         self._check_past(batch)
         self._live.apply(batch.dropped, batch.started, batch.grants)
+        self._shard.copy_pages([(copy.source, copy.target) for copy in batch.copies if copy.rank == self._ranks.rank])
         token_ids = self._next_tokens(batch.rows) if batch.rows else []
         self._completed_step = batch.step
         self._checksum = step_checksum(batch.step, token_ids)
-        return StepResult(step=batch.step, token_ids=token_ids)
+        return StepResult(step=batch.step, token_ids=token_ids, times=self._times())
+
+    def _times(self) -> StepTimes:
+        watches = (self._in_forward, self._in_sampling, self._ranks.in_collectives)
+        return StepTimes(*(watch.take_s() for watch in watches))
 
     def _next_tokens(self, rows: list[Row]) -> list[int]:
         """Compute a step: one token for each sampling row."""
         decode_rows, prefill_rows = split_rows(rows)
-        self._decode_rows.arrange(decode_rows, [self._live[row.sequence_id] for row in decode_rows])
-        if prefill_rows:
-            logits_MV = self._decode_and_prefill(len(decode_rows), prefill_rows)
-        else:
-            logits_MV = self._decode(len(decode_rows))
+        with self._in_forward:
+            self._decode_rows.arrange(decode_rows, [self._live[row.sequence_id] for row in decode_rows])
+            if prefill_rows:
+                logits_MV = self._decode_and_prefill(len(decode_rows), prefill_rows)
+            else:
+                logits_MV = (self.graphs or self.decode_eagerly)(len(decode_rows))
         if not (sampling_rows := [row for row in rows if row.samples]):
             return []
-        tokens_M = self._sample(logits_MV, sampling_rows)
-        self._decode_rows.advance(tokens_M[: len(decode_rows)])
+        with self._in_sampling:
+            tokens_M = self._sample(logits_MV, sampling_rows)
+            self._decode_rows.advance(tokens_M[: len(decode_rows)])
         token_ids = tokens_M.tolist()
         for row, token_id in zip(sampling_rows, token_ids, strict=True):
             self._live[row.sequence_id].append_token(token_id)
         return token_ids
 
-    def _decode_eagerly(self, num_rows: int) -> torch.Tensor | None:
-        """Rank 0's logits of the first `num_rows` decode rows. What a graph captures: it neither waits for the device
-        nor reads from it, and launches the same whatever the rows hold."""
+    @torch.inference_mode()
+    def decode_eagerly(self, num_rows: int) -> torch.Tensor | None:
+        """Compute the first `num_rows` decode rows as they stand; twice gives the same as once.
+
+        This is what a graph captures: it neither waits for the device nor reads from it, and it launches the same
+        whatever the rows hold. (Not so with the portable attention, which plans on the host.)
+
+        Returns:
+            Logits [B, V] on rank 0, None on the others.
+        """
         inputs = decode_inputs(self._decode_rows.inputs(num_rows), self._ranks.size)
         return self._decoder.logits(self._hidden(inputs))
 

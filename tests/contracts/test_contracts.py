@@ -33,6 +33,9 @@ from leanserve.contracts.sampling import SamplingParams
         {"stop": [""]},
         {"stop": ["x"] * 17},
         {"stop_token_ids": [-1]},
+        {"priority": True},
+        {"priority": 1_000_001},
+        {"priority": 0.5},
         {"cache_salt": ""},
         {"cache_salt": "x" * 257},
         {"cache_salt": 7},
@@ -64,7 +67,7 @@ def test_messages_survive_the_wire():
 def test_a_step_message_is_small_however_long_the_context():
     def size(context_tokens: int) -> int:
         rows = [Row(i, context_tokens, 1, True) for i in range(256)]
-        return len(encode(Batch(5, [], [], [PageGrant(1, context_tokens // 64, 0, 3)], rows, 4, 99)))
+        return len(encode(Batch(5, [], [], [PageGrant(1, context_tokens // 64, 0, 3)], [], rows, 4, 99)))
 
     assert size(1_000_000) - size(100) <= 256 * 5  # only the width of a number grows
 

@@ -57,6 +57,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
                 "stop_token_ids": [4, 5],
                 "ignore_eos": True,
                 "cache_salt": "tenant 7",
+                "priority": -3,
             }
             assert (await live.complete(prompt="x", **fields)).status_code == 200
             fields["stop"], fields["stop_token_ids"] = ("a", "bc"), (4, 5)

@@ -95,19 +95,18 @@ def serve(loaded: LoadedRank, config: EngineConfig, folder: Path) -> list[list[i
 
 def compare_with_eager(runner: Runner) -> list[tuple[int, bool]]:
     """Compute each step both ways. Returns, as it grows: how many rows, and whether the logits were the same bits."""
-    replayed, seen = runner._decode, []
-    sizes = capture_sizes(MAX_SEQUENCES)
+    graphs, seen = runner.graphs, []
+    assert graphs is not None
 
     def both(num_rows: int) -> torch.Tensor | None:
-        size = min(size for size in sizes if size >= num_rows)
-        eager = runner._decode_eagerly(size)
-        logits = replayed(num_rows)
+        eager = runner.decode_eagerly(min(size for size in graphs.sizes if size >= num_rows))
+        logits = graphs(num_rows)
         assert eager is not None
         assert logits is not None
         seen.append((num_rows, torch.equal(eager[:num_rows], logits)))
         return logits
 
-    runner._decode = both  # type: ignore[method-assign]
+    runner.graphs = both  # type: ignore[assignment]
     return seen
 
 
@@ -119,8 +118,8 @@ def _replay_a_tape(model_dir: Path, folder: Path) -> None:
     loaded.runner.capture_graphs(capture, lambda done, total: None)
     seen = compare_with_eager(loaded.runner)
     tokens = serve(loaded, config, folder)
-    with torch.inference_mode(), Tape(storages_of(lambda: loaded.runner._decode_eagerly(MAX_SEQUENCES))) as tape:
-        loaded.runner._decode_eagerly(MAX_SEQUENCES)
+    with torch.inference_mode(), Tape(storages_of(lambda: loaded.runner.decode_eagerly(MAX_SEQUENCES))) as tape:
+        loaded.runner.decode_eagerly(MAX_SEQUENCES)
     # Of the first tape what follows is the copy into the logits' buffer.
     same_launches = tape.launches == capture.tapes[0].launches[: len(tape.launches)]
     answer = {"tokens": tokens, "seen": seen, "replays": capture.replays, "same_launches": same_launches}
@@ -177,8 +176,8 @@ def test_a_decode_step_leaves_the_host_alone(tmp_path_factory, monkeypatch, num_
     ranks = MirrorRanks(rank=0, size=num_ranks, device=device, group=None, stages_through_host=False)
     decoder = Decoder(architecture, ranks=ranks, split=split, dtype=torch.bfloat16, device=device)
     runner = Runner(decoder, shard, ranks, max_sequences=4, max_context_tokens=128, backend="triton")
-    with torch.inference_mode(), Tape(storages_of(lambda: runner._decode_eagerly(4))) as tape:
-        logits = runner._decode_eagerly(4)
+    with torch.inference_mode(), Tape(storages_of(lambda: runner.decode_eagerly(4))) as tape:
+        logits = runner.decode_eagerly(4)
     assert logits is not None
     assert (logits.shape, logits.device) == ((4, architecture.vocab_size), device)
     names = [name for name, *_ in tape.launches]
@@ -233,10 +232,11 @@ def test_cuda_graphs_replay_the_bits_of_eager_steps(tmp_path_factory, tmp_path):
 def test_a_replayed_step_allocates_nothing(tmp_path_factory):
     """Not even memory that the allocator has at hand."""
     loaded, _ = load(checkpoint(tmp_path_factory, **MODEL), "cuda")
+    assert loaded.runner.graphs is not None
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     for rows in (1, 3, 4, 2):
-        loaded.runner._decode(rows)
+        loaded.runner.graphs(rows)
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
