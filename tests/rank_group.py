@@ -41,6 +41,8 @@ class Case:
     page_tokens: int = 16
     max_batch_tokens: int = 256
     prefix_cache: bool = True
+    device: str = "cpu"
+    """cuda: all ranks on one GPU, through Gloo."""
     attention: str = "auto"
     weights: str = "auto"
     seeds: Sequence[int] = ()
@@ -55,7 +57,8 @@ class Case:
         return EngineConfig(
             model_dir=str(self.model_dir),
             dtype="float32",
-            device="cpu",
+            device=self.device,  # type: ignore[arg-type]
+            comm="gloo",
             attention=self.attention,  # type: ignore[arg-type]
             weights=self.weights,  # type: ignore[arg-type]
             cache=CacheOptions(

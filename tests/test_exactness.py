@@ -164,6 +164,16 @@ def test_four_samples_of_one_prompt_are_those_of_transformers_logits(group):
         assert sample(logits, draws).tolist() == token_ids
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_greedy_tokens_on_ranks_that_share_a_gpu_equal_transformers(model_dirs, num_ranks):
+    """Triton's kernels; one rank replays CUDA graphs, several go through Gloo and launch every step anew."""
+    cases = [(name, replace(case, device="cuda")) for name, case in cases_of(model_dirs)]
+    for (name, case), answer in zip(cases, run_cases(num_ranks, [case for _, case in cases]), strict=True):
+        assert answer.token_ids == hf_greedy(case.model_dir, case.prompts, case.sampling.max_tokens), name
+        assert answer.pages_left == 0, name
+
+
 def chats(model_dir, *, system_tokens: int, turns: int) -> list[list[int]]:
     """The prompts of two conversations in turn behind one system prompt: each holds all that was said before."""
     system, *sayings = random_prompts([system_tokens] + [11, 29] * turns, seed=8)
