@@ -4,6 +4,7 @@ import msgspec
 
 from leanserve.contracts.batch import StepTimes
 from leanserve.contracts.config import EngineConfig
+from leanserve.contracts.logprobs import Logprobs, TokenLogprobs
 from leanserve.contracts.sampling import FinishReason, SamplingParams
 
 __all__ = [
@@ -15,10 +16,12 @@ __all__ = [
     "FromEngine",
     "Hello",
     "Loading",
+    "Logprobs",
     "Shutdown",
     "StepReport",
     "Submit",
     "ToEngine",
+    "TokenLogprobs",
     "TokenOutput",
     "TokenOutputs",
     "decode_from_engine",
@@ -120,6 +123,11 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """With finish_reason "stop": the token that ended it (also the last of token_ids)."""
     cached_tokens: int = 0
     """In the request's first output that has tokens: how many prompt tokens the prefix cache held."""
+    logprobs: Logprobs | None = None
+    """Of token_ids, for a request that asked for `logprobs`."""
+    prompt_logprobs: Logprobs | None = None
+    """For a request that asked for `prompt_logprobs`: of its prompt tokens from the second on, a part with each step's
+    output, in order. All of them have come before, or with, the first token."""
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):

@@ -8,7 +8,7 @@ from itertools import takewhile
 
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.errors import EngineError, RequestError
-from leanserve.contracts.messages import StepReport, Submit, TokenOutput, TokenOutputs
+from leanserve.contracts.messages import Logprobs, StepReport, Submit, TokenOutput, TokenOutputs
 from leanserve.contracts.sampling import FinishReason
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
@@ -61,14 +61,13 @@ class Engine:
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id!r} is in use")
         sampling = request.sampling
-        end_token_ids = frozenset(sampling.stop_token_ids)
         sequence = Sequence(
             sequence_id=self._next_sequence_id,
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
             sampling=sampling,
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            end_token_ids=end_token_ids if sampling.ignore_eos else end_token_ids | self._eos_token_ids,
+            end_token_ids=sampling.end_token_ids(self._eos_token_ids),
             arrived_s=self._clock(),
         )
         self._scheduler.add(sequence)
@@ -123,18 +122,43 @@ class Engine:
                 f"step {batch.step} should give {expected_tokens} tokens; "
                 f"the executor gave {len(result.token_ids)} for step {result.step}"
             )
-        outputs: list[TokenOutput] = []
-        for sequence, token_id in self._scheduler.complete(batch, result):
+        outputs = self._prompt_scores(result)
+        for place, (sequence, token_id) in enumerate(self._scheduler.complete(batch, result)):
+            if sequence.id in result.failed:
+                outputs.append(self._end(sequence, "error", result.failed[sequence.id]))
+                continue
             reason = sequence.append(token_id)
+            if sequence.id in result.complete:
+                reason = "stop"
+            logprobs = result.logprobs.get(place)
             if reason is None:
                 cached_tokens = _cached_tokens_to_tell(sequence)
-                outputs.append(TokenOutput(sequence.request_id, [token_id], cached_tokens=cached_tokens))
+                outputs.append(
+                    TokenOutput(sequence.request_id, [token_id], cached_tokens=cached_tokens, logprobs=logprobs)
+                )
             else:
-                outputs.append(self._end(sequence, reason, None, token_id))
+                outputs.append(self._end(sequence, reason, None, token_id, logprobs))
+        return outputs
+
+    def _prompt_scores(self, result: StepResult) -> list[TokenOutput]:
+        """Outputs without tokens: they come before the first token of the same step."""
+        if not result.prompt_logprobs:
+            return []
+        outputs: list[TokenOutput] = []
+        for sequence in self._live.values():
+            logprobs = result.prompt_logprobs.get(sequence.id)
+            if logprobs is not None:
+                sequence.num_scored_tokens = max(sequence.num_scored_tokens, 1) + len(logprobs)
+                outputs.append(TokenOutput(sequence.request_id, [], prompt_logprobs=logprobs))
         return outputs
 
     def _end(
-        self, sequence: Sequence, reason: FinishReason, error: str | None = None, token_id: int | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: str | None = None,
+        token_id: int | None = None,
+        logprobs: Logprobs | None = None,
     ) -> TokenOutput:
         del self._live[sequence.request_id]
         self._scheduler.remove(sequence)
@@ -143,8 +167,9 @@ class Engine:
             token_ids=[] if token_id is None else [token_id],
             finish_reason=reason,
             error=error,
-            stop_token_id=token_id if reason == "stop" else None,
+            stop_token_id=token_id if token_id in sequence.end_token_ids else None,
             cached_tokens=0 if token_id is None else _cached_tokens_to_tell(sequence),
+            logprobs=logprobs,
         )
 
 

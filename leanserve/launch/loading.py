@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from llguidance import LLTokenizer
 
 from lean_attention import Backend
 from lean_attention.backend import choose_backend
@@ -16,11 +17,13 @@ from leanserve.contracts.errors import ConfigError
 from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import EngineInfo
 from leanserve.distributed.ranks import Ranks
+from leanserve.grammars.grammar import make_grammar_tokenizer
 from leanserve.model.activations import activation_bytes
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
 from leanserve.model.split_choice import CPU_COSTS, GPU_COSTS, SplitChoice, choose_split, describe_split
 from leanserve.model.weights import load_weights
+from leanserve.server.tokenizer import Tokenizer
 from leanserve.worker.device import choose_device, choose_dtype, describe
 from leanserve.worker.graphs import CudaCapture, supports_graphs
 from leanserve.worker.memory import kv_budget_bytes, memory_per_rank, num_pages
@@ -129,6 +132,7 @@ def load_rank(
         ranks,
         max_sequences=config.batch.max_sequences,
         max_context_tokens=max_context_tokens,
+        grammar_tokenizer=_grammar_tokenizer(model_dir, architecture) if place.rank == 0 else None,
         backend=attention,
     )
     if captures:
@@ -188,6 +192,15 @@ def _split(
         costs=CPU_COSTS if on_cpu else GPU_COSTS,
         memory_bytes=min(ranks.gather_ints(memory)),
     )
+
+
+def _grammar_tokenizer(model_dir: Path, architecture: Architecture) -> LLTokenizer | None:
+    """What structured outputs need on the rank that samples."""
+    tokenizer = Tokenizer.from_dir(model_dir)
+    if tokenizer is None:
+        return None
+    vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
+    return make_grammar_tokenizer(tokenizer.backend.to_str(), vocab_size, architecture.eos_token_ids)
 
 
 def _max_context_tokens(config: EngineConfig, architecture: Architecture, sharding: KvSharding) -> int:

@@ -3,7 +3,10 @@
 from leanserve.contracts.config import BatchOptions
 from leanserve.model.architecture import Architecture
 
-__all__ = ["activation_bytes"]
+__all__ = ["SCORING_BYTES", "activation_bytes"]
+
+SCORING_BYTES = 256 << 20
+"""While prompt tokens are scored: logits, their log-softmax, what topk needs."""
 
 
 def activation_bytes(
@@ -17,4 +20,4 @@ def activation_bytes(
     logits = batch.max_sequences * architecture.vocab_size * 4 * 2
     page_tables = batch.max_sequences * -(-architecture.max_positions // page_tokens) * 4 * 2
     graphs = batch.max_sequences * token_bytes + logits if captures_graphs else 0
-    return batch.max_batch_tokens * token_bytes + logits + page_tables + graphs
+    return batch.max_batch_tokens * token_bytes + max(logits, SCORING_BYTES) + page_tables + graphs

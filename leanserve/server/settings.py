@@ -19,6 +19,8 @@ class ServerSettings:
     """A request whose body has not arrived by then is answered 408."""
     max_prompts: int = 128
     """Prompts in one request."""
+    max_prompt_logprobs: int = 4_000_000
+    """Log-probabilities of prompt tokens, and of the most likely ones beside them, in one answer."""
     max_live_requests: int = 4096
     """Prompts at the engine at once, running or waiting; more are answered 503."""
     keep_alive_s: float = 15.0
@@ -33,6 +35,7 @@ class ServerSettings:
             "max_body_bytes",
             "body_timeout_s",
             "max_prompts",
+            "max_prompt_logprobs",
             "max_live_requests",
             "keep_alive_s",
             "stall_after_s",

@@ -1,5 +1,6 @@
 """Server-sent events: frames, keep-alives, and an end that always says how it ended."""
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 
@@ -8,12 +9,12 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from leanserve.contracts.errors import LeanServeError
-from leanserve.server.completions import Completion
+from leanserve.server.answer import Answer
 from leanserve.server.errors import error_reply
 from leanserve.server.logs import log_internal_error
 from leanserve.server.output_stream import OutputStream
 
-__all__ = ["EventStream", "completion_events"]
+__all__ = ["EventStream", "answer_events", "frame"]
 
 _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
@@ -41,24 +42,21 @@ def frame(content: dict[str, object]) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-async def completion_events(completion: Completion, outputs: OutputStream, keep_alive_s: float) -> AsyncIterator[bytes]:
-    """A completion as frames: one for each token, then the usage if asked for, then [DONE].
+async def answer_events(answer: Answer, outputs: OutputStream, keep_alive_s: float) -> AsyncIterator[bytes]:
+    """An answer as frames: one for each token, then the usage if asked for, then [DONE].
 
     A failure becomes an error frame before [DONE]: clients take a stream that merely ends for a success.
     """
     try:
-        while not outputs.finished:
-            output = await outputs.next(keep_alive_s)
-            if output is None:
+        async for piece in answer.read(outputs, keep_alive_s):
+            if piece is None:
                 yield _KEEP_ALIVE
-                continue
-            choice = completion.choices[output.request_id]
-            for piece in choice.pieces(output):
-                yield frame(completion.chunk(piece))
-            if choice.finish_reason is not None:
-                outputs.abort(choice.request_id)
-        if completion.includes_usage:
-            yield frame(completion.usage_chunk())
+            elif piece.is_prompt:  # it may be long
+                yield frame(await asyncio.to_thread(answer.chunk, piece))
+            else:
+                yield frame(answer.chunk(piece))
+        if answer.includes_usage:
+            yield frame(answer.usage_chunk())
     except Exception as error:
         if not isinstance(error, LeanServeError):
             log_internal_error(error)

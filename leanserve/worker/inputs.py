@@ -17,7 +17,7 @@ from leanserve.distributed.token_exchange import TokenSpread
 from leanserve.worker.decode_rows import DecodeInputs
 from leanserve.worker.sequences import LiveSequence, LiveSequences
 
-__all__ = ["PrefillSamples", "StepInputs", "decode_inputs", "mixed_inputs", "split_rows"]
+__all__ = ["PrefillSamples", "ScoredTokens", "StepInputs", "decode_inputs", "mixed_inputs", "split_rows"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,26 @@ NO_SAMPLES = PrefillSamples([], torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
+class ScoredTokens:
+    """Prompt tokens that get their log-probability in this step, each from the hidden state of the token before it."""
+
+    rows_L: torch.Tensor
+    """int64: rows of the N tokens, of those hidden states that this rank has."""
+    tokens_per_rank: tuple[int, ...]
+    """L of each rank."""
+    owners: torch.Tensor
+    """int64: the rank of each hidden state, over all ranks, in the order of the step's rows."""
+    places: torch.Tensor
+    """int64: which of that rank's L it is."""
+    targets: torch.Tensor
+    """int64: the tokens to score from them."""
+    spans: list[tuple[int, int, int]]
+    """In the same order: sequence id, tokens, most likely tokens asked for."""
+    num_top: int
+    """The most that any of them asks for."""
+
+
+@dataclass(frozen=True)
 class StepInputs:
     """This rank's part of a step."""
 
@@ -44,6 +64,8 @@ class StepInputs:
     layout: StepLayout
     spread: TokenSpread
     prefill_samples: PrefillSamples
+    scored: ScoredTokens | None = None
+    """None where nobody asks for it."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +161,46 @@ def mixed_inputs(
             owners=sampling_owners.tolist(),
             rows=to_device(np.where(sampling_owners == ranks.rank, num_decode + place[last], 0), np.int64),
         ),
+        scored=_scored_tokens(prefill_rows, sequences, prefill.owners, num_decode + place, ranks),
+    )
+
+
+def _scored_tokens(
+    rows: list[Row], sequences: list[LiveSequence], owners_Q: np.ndarray, places_Q: np.ndarray, ranks: Ranks
+) -> ScoredTokens | None:
+    """`places_Q`: of each prefill token, its row on the rank that owns it. (A decode row's next token is no prompt
+    token.)"""
+    if all(sequence.sampling.prompt_logprobs is None for sequence in sequences):
+        return None
+    owners, local_rows, targets = ([np.zeros(0, np.int64)] for _ in range(3))
+    spans: list[tuple[int, int, int]] = []
+    row_place = 0
+    for row, sequence in zip(rows, sequences, strict=True):
+        first, end = sequence.positions_to_score(row.start, row.start + row.count)
+        if first < end:
+            part = slice(row_place + first - row.start, row_place + end - row.start)
+            targets.append(sequence.tokens[first + 1 : end + 1])
+            owners.append(owners_Q[part])
+            local_rows.append(places_Q[part])
+            assert sequence.sampling.prompt_logprobs is not None
+            spans.append((row.sequence_id, end - first, sequence.sampling.prompt_logprobs))
+        row_place += row.count
+    if not spans:
+        return None
+    owner = np.concatenate(owners)
+    mine = owner == ranks.rank
+
+    def to_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(ranks.device)
+
+    return ScoredTokens(
+        rows_L=to_device(np.concatenate(local_rows)[mine]),
+        tokens_per_rank=tuple(np.bincount(owner, minlength=ranks.size).tolist()),
+        owners=to_device(owner),
+        places=to_device(_place_in_owner(owner, ranks.size)),
+        targets=to_device(np.concatenate(targets)),
+        spans=spans,
+        num_top=max(num_top for _, _, num_top in spans),
     )
 
 

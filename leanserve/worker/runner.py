@@ -2,21 +2,26 @@
 
 from collections.abc import Callable
 
+import msgspec
 import torch
+from llguidance import LLTokenizer
 
 from lean_attention import Backend
 from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.step import StepAttention
 from leanserve.contracts.batch import Batch, Row, StepResult, StepTimes, step_checksum
 from leanserve.contracts.errors import DesyncError
+from leanserve.contracts.messages import Logprobs
 from leanserve.distributed.ranks import Ranks
 from leanserve.distributed.stopwatch import Stopwatch
 from leanserve.model.decoder import Decoder
+from leanserve.worker.adjustments import Adjustments
 from leanserve.worker.decode_rows import DecodeRows
 from leanserve.worker.graphs import DecodeGraphs, capture_sizes
 from leanserve.worker.inputs import PrefillSamples, StepInputs, decode_inputs, mixed_inputs, split_rows
+from leanserve.worker.logprobs import score, score_prompts, unpack
 from leanserve.worker.sampler import Draw, sample
-from leanserve.worker.sequences import LiveSequences
+from leanserve.worker.sequences import LiveSequence, LiveSequences
 
 __all__ = ["Runner"]
 
@@ -27,6 +32,7 @@ class Runner:
     Args:
         max_sequences: that decode at once.
         max_context_tokens: of one sequence, over all ranks.
+        grammar_tokenizer: on rank 0, what structured outputs need; None where the model has no tokenizer.
         backend: attention backend, None for the device's own.
     """
 
@@ -38,6 +44,7 @@ class Runner:
         *,
         max_sequences: int,
         max_context_tokens: int,
+        grammar_tokenizer: LLTokenizer | None = None,
         backend: Backend | None = None,
     ) -> None:
         self._decoder = decoder
@@ -54,6 +61,10 @@ class Runner:
         )
         self.graphs: DecodeGraphs | None = None
         """Of `decode_eagerly`, once they are captured."""
+        architecture = decoder.architecture
+        self._adjustments = Adjustments(
+            architecture.vocab_size, architecture.eos_token_ids, ranks.device, grammar_tokenizer
+        )
         self._completed_step = 0
         self._checksum = 0
         self._in_forward = Stopwatch(ranks.device)
@@ -82,33 +93,28 @@ class Runner:
         self._check_past(batch)
         self._live.apply(batch.dropped, batch.started, batch.grants)
         self._shard.copy_pages([(copy.source, copy.target) for copy in batch.copies if copy.rank == self._ranks.rank])
-        token_ids = self._next_tokens(batch.rows) if batch.rows else []
+        if self._ranks.rank == 0:
+            self._adjustments.apply(batch.dropped, batch.started)
+        result = self._compute(batch.step, batch.rows) if batch.rows else StepResult(batch.step, [])
         self._completed_step = batch.step
-        self._checksum = step_checksum(batch.step, token_ids)
-        return StepResult(step=batch.step, token_ids=token_ids, times=self._times())
+        self._checksum = step_checksum(batch.step, result.token_ids)
+        return msgspec.structs.replace(result, times=self._times())
 
-    def _times(self) -> StepTimes:
-        watches = (self._in_forward, self._in_sampling, self._ranks.in_collectives)
-        return StepTimes(*(watch.take_s() for watch in watches))
-
-    def _next_tokens(self, rows: list[Row]) -> list[int]:
-        """Compute a step: one token for each sampling row."""
+    def _compute(self, step: int, rows: list[Row]) -> StepResult:
+        """The model over all rows, then one token for each that samples."""
         decode_rows, prefill_rows = split_rows(rows)
+        prompt_logprobs: dict[int, Logprobs] = {}
         with self._in_forward:
             self._decode_rows.arrange(decode_rows, [self._live[row.sequence_id] for row in decode_rows])
             if prefill_rows:
-                logits_MV = self._decode_and_prefill(len(decode_rows), prefill_rows)
+                logits_MV, prompt_logprobs = self._decode_and_prefill(len(decode_rows), prefill_rows)
             else:
                 logits_MV = (self.graphs or self.decode_eagerly)(len(decode_rows))
-        if not (sampling_rows := [row for row in rows if row.samples]):
-            return []
-        with self._in_sampling:
-            tokens_M = self._sample(logits_MV, sampling_rows)
-            self._decode_rows.advance(tokens_M[: len(decode_rows)])
-        token_ids = tokens_M.tolist()
-        for row, token_id in zip(sampling_rows, token_ids, strict=True):
-            self._live[row.sequence_id].append_token(token_id)
-        return token_ids
+        sampling_rows = [row for row in rows if row.samples]
+        if not sampling_rows:
+            return StepResult(step, [], prompt_logprobs=prompt_logprobs)
+        result = self._sample(step, logits_MV, sampling_rows, num_decode=len(decode_rows))
+        return msgspec.structs.replace(result, prompt_logprobs=prompt_logprobs)
 
     @torch.inference_mode()
     def decode_eagerly(self, num_rows: int) -> torch.Tensor | None:
@@ -123,13 +129,16 @@ class Runner:
         inputs = decode_inputs(self._decode_rows.inputs(num_rows), self._ranks.size)
         return self._decoder.logits(self._hidden(inputs))
 
-    def _decode_and_prefill(self, num_decode: int, prefill_rows: list[Row]) -> torch.Tensor | None:
-        """Rank 0's logits of all rows that sample; None where there are none."""
+    def _decode_and_prefill(
+        self, num_decode: int, prefill_rows: list[Row]
+    ) -> tuple[torch.Tensor | None, dict[int, Logprobs]]:
+        """Rank 0's logits of all rows that sample (None where there are none), and of prompts that are scored."""
         decode = self._decode_rows.inputs(num_decode)
         inputs = mixed_inputs(decode, prefill_rows, self._live, self._shard.page_tokens, self._ranks)
         hidden_NC = self._hidden(inputs)
+        scores = {} if inputs.scored is None else score_prompts(self._decoder, hidden_NC, inputs.scored, self._ranks)
         hidden_MC = torch.cat([hidden_NC[:num_decode], self._prefill_hidden(hidden_NC, inputs.prefill_samples)])
-        return self._decoder.logits(hidden_MC) if hidden_MC.shape[0] else None
+        return self._decoder.logits(hidden_MC) if hidden_MC.shape[0] else None, scores
 
     def _hidden(self, inputs: StepInputs) -> torch.Tensor:
         """The model's states [N, C] of this rank's tokens."""
@@ -159,17 +168,40 @@ class Runner:
         by_rank_RMC = self._ranks.all_gather(hidden_NC[samples.rows])
         return by_rank_RMC[samples.owners, torch.arange(len(samples.owners))]
 
-    def _sample(self, logits_MV: torch.Tensor | None, rows: list[Row]) -> torch.Tensor:
-        """The next token of each row on every rank, int64 [M]: rank 0 draws, one small broadcast tells the others."""
+    def _sample(self, step: int, logits_MV: torch.Tensor | None, rows: list[Row], *, num_decode: int) -> StepResult:
+        """Rank 0 draws; one small broadcast tells every rank. The others know no more than the tokens."""
+        sequences = [self._live[row.sequence_id] for row in rows]
         if logits_MV is None:
-            tokens_M = torch.empty(len(rows), dtype=torch.int64, device=self._ranks.device)
-        else:
-            tokens_M = sample(logits_MV, [self._draw(row) for row in rows])
-        return self._ranks.broadcast_from_rank_0(tokens_M)
+            with self._in_sampling:
+                tokens_M = torch.empty(len(rows), dtype=torch.int64, device=self._ranks.device)
+                tokens_M = self._tell(tokens_M, num_decode)
+            return StepResult(step, self._note(tokens_M, sequences))
+        with self._in_sampling:
+            sequence_ids = [row.sequence_id for row in rows]
+            adjusted_MV, failed = self._adjustments.adjust(logits_MV, sequence_ids, sequences)
+            draws = [Draw(s.sampling, s.seed, s.num_tokens - s.num_prompt_tokens) for s in sequences]
+            tokens_M = self._tell(sample(adjusted_MV, draws), num_decode)
+        logprobs = _logprobs(logits_MV, tokens_M, sequences)
+        token_ids = self._note(tokens_M, sequences)
+        complete = self._adjustments.accept(sequence_ids, token_ids)
+        return StepResult(step, token_ids, logprobs=logprobs, complete=complete, failed=failed)
 
-    def _draw(self, row: Row) -> Draw:
-        sequence = self._live[row.sequence_id]
-        return Draw(sequence.sampling, sequence.seed, row.start + row.count - sequence.num_prompt_tokens)
+    def _tell(self, tokens_M: torch.Tensor, num_decode: int) -> torch.Tensor:
+        """Rank 0's tokens on every rank, and in its decode rows, where the next step reads them."""
+        tokens_M = self._ranks.broadcast_from_rank_0(tokens_M)
+        self._decode_rows.advance(tokens_M[:num_decode])
+        return tokens_M
+
+    def _note(self, tokens_M: torch.Tensor, sequences: list[LiveSequence]) -> list[int]:
+        """The tokens on the host. It waits for the device here, and nowhere else in a step of decode rows."""
+        token_ids = tokens_M.tolist()
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            sequence.append_token(token_id)
+        return token_ids
+
+    def _times(self) -> StepTimes:
+        watches = (self._in_forward, self._in_sampling, self._ranks.in_collectives)
+        return StepTimes(*(watch.take_s() for watch in watches))
 
     def _check_past(self, batch: Batch) -> None:
         if batch.step != self._completed_step + 1:
@@ -181,3 +213,13 @@ class Runner:
                 f"rank {self._ranks.rank} has checksum {self._checksum:#010x} for step {self._completed_step}, "
                 f"rank 0 has {batch.checksum:#010x}: the ranks have drifted apart"
             )
+
+
+def _logprobs(logits_MV: torch.Tensor, tokens_M: torch.Tensor, sampled: list[LiveSequence]) -> dict[int, Logprobs]:
+    """By row, of the rows that ask for them."""
+    wanted = {m: s.sampling.logprobs for m, s in enumerate(sampled) if s.sampling.logprobs is not None}
+    if not wanted:
+        return {}
+    rows = list(wanted)
+    packed = score(logits_MV[rows], tokens_M[rows], max(wanted.values())).cpu().numpy()
+    return {m: unpack(packed[i : i + 1], num_top) for i, (m, num_top) in enumerate(wanted.items())}
