@@ -70,7 +70,7 @@ def choose_split(
     times = ", ".join(f"{seconds * 1e3:.1f} ms {split}" for split, seconds in step_s.items())
     estimate = f"a decode step's weights and their collectives take an estimated {times}"
     room = _WEIGHTS_SHARE * memory_bytes
-    fitting = [split for split, part in parts.items() if part.num_parameters * dtype_bytes <= room]
+    fitting: list[WeightSplit] = [split for split, part in parts.items() if part.num_parameters * dtype_bytes <= room]
     if not fitting:
         return SplitChoice("all", "even so, weights take more than half of each rank's memory")
     if left_out := [split for split in _SPLITS if split not in fitting]:
