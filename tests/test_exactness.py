@@ -1,6 +1,7 @@
 """The gate: greedy tokens equal to transformers' for every rank count, family, length, batch and page pool."""
 
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -170,12 +171,12 @@ def test_one_broken_page_changes_the_answer(model_dirs):
 
 
 def split_cases_of(model_dirs, num_ranks) -> list[Case]:
-    """Every family with MLP and vocabulary split or with all matrices split, in turn over the rank counts: chunks of at
-    most 64 tokens beside decode rows."""
+    """MLP and vocabulary split, or all matrices, in turn: chunks of at most 64 tokens beside decode rows."""
+    families = {2: ["llama", "mistral", "qwen2"], 4: ["qwen2", "qwen3", "smollm3"]}.get(num_ranks, list(model_dirs))
     prompts = random_prompts([1, 33, 130, 7], seed=14)
     return [
-        Case(model_dir, prompts, GREEDY, page_tokens=PAGE, max_batch_tokens=64, weights=("mlp", "all")[number % 2])
-        for number, model_dir in enumerate(model_dirs.values(), start=num_ranks)
+        Case(model_dirs[family], prompts, GREEDY, page_tokens=PAGE, max_batch_tokens=64, weights=weights)
+        for family, weights in zip(families, cycle(["mlp", "all"]), strict=False)
     ]
 
 
