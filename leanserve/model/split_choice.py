@@ -27,8 +27,8 @@ class StepCosts:
 
 
 GPU_COSTS = StepCosts(read_bytes_per_s=4.8e12, collective_s=18e-6)
-"""NVIDIA H200: its memory's bandwidth (data sheet), and the middle of the 16 to 20 us that NCCL takes in a CUDA graph. On
-a GPU with slower memory, splitting pays sooner than estimated."""
+"""NVIDIA H200: its memory's bandwidth (data sheet), and the middle of the 16 to 20 us that NCCL takes in a CUDA graph.
+On a GPU with slower memory, splitting pays sooner than estimated."""
 CPU_COSTS = StepCosts(read_bytes_per_s=14e9, collective_s=0.4e-3)
 """2 cores of an AMD EPYC: what a decode step of `bench engine` reads of weights (22 steps/s over 0.63 GB, float32, see
 bench/results), and an all-gather between 2 ranks with Gloo over loopback."""
