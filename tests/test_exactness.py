@@ -1,6 +1,7 @@
 """The gate: greedy tokens equal to transformers' for every rank count, family, length, batch and page pool."""
 
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -287,18 +288,81 @@ def test_one_broken_page_changes_the_answer(model_dirs):
     assert answers[1].token_ids != expected
 
 
+def split_cases_of(model_dirs, num_ranks) -> list[Case]:
+    """MLP and vocabulary split, or all matrices, in turn: chunks of at most 64 tokens beside decode rows."""
+    families = {2: ["llama", "mistral", "qwen2"], 4: ["qwen2", "qwen3", "smollm3"]}.get(num_ranks, list(model_dirs))
+    prompts = random_prompts([1, 33, 130, 7], seed=14)
+    return [
+        Case(model_dirs[family], prompts, GREEDY, page_tokens=PAGE, max_batch_tokens=64, weights=weights)
+        for family, weights in zip(families, cycle(["mlp", "all"]), strict=False)
+    ]
+
+
+def awkward_split_cases_of(model_dirs) -> list[Case]:
+    """For 3 ranks: 5 and 5, 14 and 2 heads; small chunks, a prefix cache that hits, a pool that some must leave."""
+    head, one = random_prompts([40, 21], seed=15)
+    tails = random_prompts([9, 33, 1, 25, 17], seed=16)
+    crowded = Case(
+        model_dirs["qwen2"],
+        [head + tail for tail in tails],
+        SamplingParams(temperature=0, max_tokens=24),
+        page_tokens=PAGE,
+        pages_per_rank=4,
+        weights="mlp",
+    )
+    return [
+        crowded,
+        replace(crowded, weights="all"),
+        Case(model_dirs["mistral"], [one, head], GREEDY, page_tokens=PAGE, max_batch_tokens=7, weights="mlp"),
+        Case(model_dirs["mistral"], [one, head], GREEDY, page_tokens=PAGE, max_batch_tokens=7, weights="all"),
+        Case(model_dirs["llama"], [one], GREEDY, page_tokens=PAGE, max_batch_tokens=1, weights="all"),
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_greedy_tokens_with_split_weights_equal_transformers(tmp_path_factory, model_dirs, num_ranks):
+    cases = split_cases_of(model_dirs, num_ranks)
+    if num_ranks == 3:
+        cases += awkward_split_cases_of(model_dirs)
+    if num_ranks == 4:
+        # Fewer columns than ranks: some hold nothing of the MLP, or of what attention gives.
+        narrow = {"heads": 1, "kv_heads": 1, "head_dim": 2, "hidden": 8, "intermediate_size": 3, "vocab_size": 101}
+        model_dir = checkpoint(tmp_path_factory, "qwen2", tied=True, **narrow)
+        prompts = random_prompts([5, 40], seed=17, vocab_size=101)
+        cases.append(Case(model_dir, prompts, GREEDY, page_tokens=PAGE, weights="all"))
+    answers = run_cases(num_ranks, cases)
+    for case, answer in zip(cases, answers, strict=True):
+        expected = hf_greedy(case.model_dir, case.prompts, case.sampling.max_tokens)
+        assert answer.token_ids == expected, f"{case.model_dir.name} {case.weights}"
+        assert answer.pages_left == 0
+    if num_ranks == 3:
+        for crowded in answers[5:7]:
+            assert crowded.preemptions > 0
+            assert sum(crowded.cached_tokens) > 0
+
+
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_logits_equal_transformers(model_dirs, num_ranks):
-    prompts = {family: random_prompts([150], seed=6)[0] for family in model_dirs}
+def test_logits_equal_transformers(tmp_path_factory, model_dirs, num_ranks):
+    biased = checkpoint(tmp_path_factory, "llama", attention_bias=True, mlp_bias=True, layers=2)
+    (prompt,) = random_prompts([150], seed=6)
     one_token = SamplingParams(temperature=0, max_tokens=1)
     cases = [
-        Case(model_dirs[family], [prompt], one_token, page_tokens=PAGE, max_batch_tokens=64, keep_logits=True)
-        for family, prompt in prompts.items()
+        Case(
+            model_dir,
+            [prompt],
+            one_token,
+            page_tokens=PAGE,
+            max_batch_tokens=64,
+            weights=weights,
+            keep_logits=True,
+        )
+        for model_dir in [*model_dirs.values(), biased]
+        for weights in (["replicated"] if num_ranks == 1 else ["replicated", "mlp", "all"])
     ]
     for case, answer in zip(cases, run_cases(num_ranks, cases), strict=True):
         expected = hf_logits(case.model_dir, case.prompts[0])[-1]
         error = (torch.tensor(answer.rows_logits[-1][0]) - expected).abs().max() / expected.abs().max()
-        assert error < 2e-5, f"{case.model_dir.name}: {error:.2e} of the logits' scale"
+        assert error < 2e-5, f"{case.model_dir.name}, {case.weights}: {error:.2e} of the logits' scale"
 
 
 def test_seeded_samples_do_not_depend_on_company_or_ranks(model_dirs):

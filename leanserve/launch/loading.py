@@ -90,7 +90,9 @@ def load_rank(
     architecture = read_architecture(model_dir)
     dtype = choose_dtype(config.dtype, architecture.checkpoint_dtype, device)
     ranks_on_device = place.local_size if config.comm == "gloo" and device.type == "cuda" else 1
-    choice = _split(config, architecture, dtype, ranks, ranks_on_host=place.local_size, ranks_on_device=ranks_on_device)
+    choice = _split(
+        config, architecture, dtype.itemsize, ranks, ranks_on_host=place.local_size, ranks_on_device=ranks_on_device
+    )
     decoder = Decoder(architecture, ranks=ranks, split=choice.split, dtype=dtype, device=device)
     load_weights(decoder, model_dir, progress=progress)
 
@@ -173,7 +175,7 @@ def _choose_attention(config: EngineConfig, device: torch.device) -> Backend:
 def _split(
     config: EngineConfig,
     architecture: Architecture,
-    dtype: torch.dtype,
+    dtype_bytes: int,
     ranks: Ranks,
     *,
     ranks_on_host: int,
@@ -188,7 +190,7 @@ def _split(
         architecture,
         ranks=ranks.size,
         ranks_per_memory=ranks_on_host if on_cpu else ranks_on_device,
-        dtype_bytes=dtype.itemsize,
+        dtype_bytes=dtype_bytes,
         costs=CPU_COSTS if on_cpu else GPU_COSTS,
         memory_bytes=min(ranks.gather_ints(memory)),
     )

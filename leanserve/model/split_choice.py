@@ -27,11 +27,11 @@ class StepCosts:
 
 
 GPU_COSTS = StepCosts(read_bytes_per_s=4.8e12, collective_s=18e-6)
-"""NVIDIA H200: its memory's bandwidth (data sheet), and the middle of 16 to 20 us for NCCL in a CUDA graph (shared
-design, section 5). With slower memory, splitting pays sooner than estimated here."""
-CPU_COSTS = StepCosts(read_bytes_per_s=20e9, collective_s=0.4e-3)
-"""What matrix products of one row reach on 2 cores of an AMD EPYC, whose memory gives 44 GB/s; Gloo over loopback on
-the same machine, 2 ranks."""
+"""NVIDIA H200: its memory's bandwidth (data sheet), and the middle of the 16 to 20 us that NCCL takes in a CUDA graph.
+On a GPU with slower memory, splitting pays sooner than estimated."""
+CPU_COSTS = StepCosts(read_bytes_per_s=14e9, collective_s=0.4e-3)
+"""2 cores of an AMD EPYC: what a decode step of `bench engine` reads of weights (22 steps/s over 0.63 GB, float32, see
+bench/results), and an all-gather between 2 ranks with Gloo over loopback."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def choose_split(
     times = ", ".join(f"{seconds * 1e3:.1f} ms {split}" for split, seconds in step_s.items())
     estimate = f"a decode step's weights and their collectives take an estimated {times}"
     room = _WEIGHTS_SHARE * memory_bytes
-    fitting = [split for split, part in parts.items() if part.num_parameters * dtype_bytes <= room]
+    fitting: list[WeightSplit] = [split for split, part in parts.items() if part.num_parameters * dtype_bytes <= room]
     if not fitting:
         return SplitChoice("all", "even so, weights take more than half of each rank's memory")
     if left_out := [split for split in _SPLITS if split not in fitting]:

@@ -154,7 +154,9 @@ def test_sharding_counts_pages():
     assert [sharding.pages_for(t) for t in (0, 1, 16, 17)] == [0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("wrong", [{"dtype": "int8"}, {"device": "tpu"}, {"comm": "mpi"}, {"attention": "fast"}])
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": "int8"}, {"device": "tpu"}, {"comm": "mpi"}, {"attention": "fast"}, {"weights": "half"}]
+)
 def test_a_wrong_choice_lists_the_right_ones(wrong):
     with pytest.raises(ConfigError, match="allowed are auto"):
         EngineConfig(model_dir="m", **wrong)
