@@ -108,3 +108,36 @@ def frontend(
 
     figures = run_frontend_bench(streams, tokens, Console(stderr=True))
     print_frontend_figures(figures, Console())
+
+
+@bench_app.command()
+def gpu(
+    out: Annotated[Path | None, typer.Option(metavar="DIR", file_okay=False, help="Write gpu.json here.")] = None,
+    ranks: Annotated[
+        str, typer.Option(metavar="N,...", help="Rank counts that must give the same tokens, all on one GPU.")
+    ] = "1,2,3",
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A tiny model, on the CPU too, to try the command; its figures say nothing.")
+    ] = False,
+) -> None:
+    """Decode on one GPU: step time and where it goes, with CUDA graphs and without, and what must be the same.
+
+    A random Llama of 1.5B parameters in bfloat16, at 1k, 32k and 128k tokens,
+    beside the time to read its weights and KV once at the bandwidth that is
+    measured here. At every cell the logits of a replayed step must be those
+    of an eager one, bit for bit; and ranks that share the GPU through Gloo
+    must give the tokens of one rank, in float32. About five minutes. Exits
+    with 1 if a check fails.
+    """
+    from leanserve.bench.gpu import run_gpu_bench
+    from leanserve.bench.gpu_report import print_gpu_report, write_gpu_report
+
+    counts = _numbers(ranks, "--ranks")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    report = run_gpu_bench(counts, Console(stderr=True), tiny=tiny)
+    if out is not None:
+        write_gpu_report(report, out)
+    print_gpu_report(report, Console())
+    if not all(check.passed for check in report.checks):
+        raise typer.Exit(1)
