@@ -8,6 +8,11 @@ engine              the grid of `bench engine`, measured cell by cell, every sys
   transformers_peer     transformers' generate
   random_model        the checkpoint that all of them load
   machine             where it ran, and how fast its memory can be read
+prefill             `bench prefill`: the same systems at long prompts, and
+  waits               what others wait beside a long prefill, with the bundled model
+  host_cost           what the engine costs where nothing is computed
+  prefill_report      its figures
+multigpu            `bench multigpu`: parity and scaling over GPUs
 report              figures, ratios and the target; JSON and the table
 plot                the same as a picture
 """
