@@ -13,13 +13,13 @@ import torch.distributed as dist
 import zmq
 
 from leanserve.bench.noise import random_prompts
-from leanserve.bundled import bundled_model_dir
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
 from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepSender
 from leanserve.engine.engine import Engine
 from leanserve.launch.loading import Place, load_rank
+from leanserve.launch.options import LaunchOptions
 from leanserve.launch.rank import make_engine
 from leanserve.model.architecture import read_architecture
 
@@ -55,7 +55,7 @@ class Waits(msgspec.Struct, frozen=True, kw_only=True):
 
 def measure_waits(long_prompt_tokens: int) -> Waits:
     """Serve STREAMS streams, then a prompt of `long_prompt_tokens`, and beside it short requests in turn."""
-    model_dir = bundled_model_dir()
+    model_dir = LaunchOptions().find_model()
     tokens = long_prompt_tokens + STREAMS * 4096 + 4096
     page_bytes = read_architecture(model_dir).kv_bytes_per_token(torch.float32.itemsize) * PAGE_TOKENS
     config = EngineConfig(

@@ -49,6 +49,7 @@ def test_figures_are_in_the_units_of_the_table():
     assert (shared.figure("a"), shared.figure("b")) == (3, None)
 
 
+@pytest.mark.slow
 def test_bench_multigpu_compares_rank_counts_over_gloo_too(tmp_path):
     printed, report = bench(tmp_path, "multigpu", "--device", "cpu", "--ranks", "1,2")
     assert "the same" in printed
