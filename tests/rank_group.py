@@ -15,7 +15,7 @@ import zmq
 
 from leanserve.contracts.batch import Stop
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
-from leanserve.contracts.messages import Submit
+from leanserve.contracts.messages import StepReport, Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
 from leanserve.launch.loading import LoadedRank, Place, load_rank
@@ -69,6 +69,7 @@ class Answer:
     """Pages in use when every request had ended."""
     cached_tokens: list[int]
     """By prompt: tokens that were in the prefix cache."""
+    step_reports: list[StepReport] = field(default_factory=list)
     logprobs: list[list[tuple[float, int, list[tuple[int, float]]]]] = field(default_factory=list)
     """By prompt, of each token, where `logprobs` is asked for: its own, its rank, the most likely (id, logprob)s."""
     prompt_logprobs: list[list[tuple[float, int, list[tuple[int, float]]]]] = field(default_factory=list)
@@ -142,6 +143,7 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
     token_ids: list[list[int]] = [[] for _ in case.prompts]
     reasons = [""] * len(case.prompts)
     cached_tokens = [0] * len(case.prompts)
+    step_reports: list[StepReport] = []
     logprobs: list[list[Any]] = [[] for _ in case.prompts]
     prompt_logprobs: list[list[Any]] = [[] for _ in case.prompts]
     pages_left = preemptions = 0
@@ -161,6 +163,8 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
                 if output.finish_reason is not None:
                     assert reasons[int(output.request_id)] == "", "a request ended twice"
                     reasons[int(output.request_id)] = output.finish_reason
+            assert report.step_report is not None
+            step_reports.append(report.step_report)
             pages_left, preemptions = sum(report.pages_used_per_rank), report.preemptions
 
     for index, prompt in enumerate(case.prompts):
@@ -169,7 +173,15 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
             drain()
     drain()
     return Answer(
-        token_ids, reasons, preemptions, pages_left, cached_tokens, logprobs, prompt_logprobs, rows_logits=kept
+        token_ids,
+        reasons,
+        preemptions,
+        pages_left,
+        cached_tokens,
+        step_reports,
+        logprobs,
+        prompt_logprobs,
+        rows_logits=kept,
     )
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import msgspec
 
 from leanserve.contracts.kv_sharding import PageGrant
-from leanserve.contracts.messages import Logprobs
+from leanserve.contracts.messages import Logprobs, StepTimes
 from leanserve.contracts.sampling import SamplingParams
 
-__all__ = ["Batch", "NewSequence", "Row", "StepResult", "Stop", "step_checksum"]
+__all__ = ["Batch", "NewSequence", "Row", "StepResult", "StepTimes", "Stop", "step_checksum"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -76,6 +76,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """Sequences whose structured output is complete with the token they got: nothing may follow."""
     failed: dict[int, str] = {}
     """Sequences that cannot go on, alone, and why; a token of theirs in token_ids means nothing."""
+    times: StepTimes = StepTimes()
 
 
 def step_checksum(step: int, token_ids: Sequence[int]) -> int:

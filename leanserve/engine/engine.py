@@ -2,11 +2,20 @@
 it goes."""
 
 import secrets
+import time
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.errors import EngineError, RequestError
-from leanserve.contracts.messages import Logprobs, Submit, TokenOutput, TokenOutputs
+from leanserve.contracts.messages import (
+    Logprobs,
+    PrefillProgress,
+    StepReport,
+    Submit,
+    TokenOutput,
+    TokenOutputs,
+)
 from leanserve.contracts.sampling import FinishReason
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
@@ -26,6 +35,10 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._live: dict[str, Sequence] = {}
         self._next_sequence_id = 1
+        self._prefills: tuple[PrefillProgress, ...] = ()
+        """Of the newest step, until it is reported."""
+        self._step_report: StepReport | None = None
+        """Of a step that `report` has not told yet."""
 
     @property
     def has_work(self) -> bool:
@@ -69,19 +82,29 @@ class Engine:
 
     def step(self) -> list[TokenOutput]:
         """Compute one step. What `execute` raises comes through: the engine is then only good for `fail`."""
+        started_s = time.perf_counter()
         batch = self._scheduler.next_batch()
         if batch is None:
             return []
+        scheduled_s = time.perf_counter()
         result = self._execute(batch)
-        return self._finish(batch, result)
+        executed_s = time.perf_counter()
+        outputs = self._finish(batch, result)
+        host_s = scheduled_s - started_s + time.perf_counter() - executed_s
+        decode_rows = sum(1 for _ in takewhile(lambda row: row.count == 1, batch.rows))
+        prefill_tokens = sum(row.count for row in batch.rows[decode_rows:])
+        self._step_report = StepReport(decode_rows, prefill_tokens, host_s, result.times)
+        return outputs
 
     def fail(self, message: str) -> list[TokenOutput]:
         """End all live requests with an error that says `message`. Returns their last outputs."""
         return [self._end(sequence, "error", message) for sequence in list(self._live.values())]
 
     def report(self, outputs: list[TokenOutput]) -> TokenOutputs:
-        """`outputs` with the load as it is now."""
+        """`outputs` with the load as it is now, and what the newest step took if that was not told before."""
         scheduler = self._scheduler
+        prefills, self._prefills = self._prefills, ()
+        step_report, self._step_report = self._step_report, None
         return TokenOutputs(
             step=scheduler.step,
             outputs=outputs,
@@ -89,6 +112,11 @@ class Engine:
             waiting=scheduler.num_waiting,
             pages_used_per_rank=scheduler.pages_used_per_rank,
             preemptions=scheduler.preemptions,
+            prefills=prefills,
+            pages_cached_per_rank=scheduler.pages_cached_per_rank,
+            prefix_queried_tokens=scheduler.prefix_queried_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            step_report=step_report,
         )
 
     def _finish(self, batch: Batch, result: StepResult) -> list[TokenOutput]:
@@ -114,6 +142,7 @@ class Engine:
                 )
             else:
                 outputs.append(self._end(sequence, reason, None, token_id, logprobs))
+        self._prefills = tuple(_progress(sequence) for sequence in self._scheduler.prefilling(batch))
         return outputs
 
     def _prompt_scores(self, result: StepResult) -> list[TokenOutput]:
@@ -147,6 +176,12 @@ class Engine:
             cached_tokens=0 if token_id is None else _cached_tokens_to_tell(sequence),
             logprobs=logprobs,
         )
+
+
+def _progress(sequence: Sequence) -> PrefillProgress:
+    return PrefillProgress(
+        sequence.request_id, sequence.cached_tokens or 0, sequence.num_computed_tokens, sequence.num_tokens
+    )
 
 
 def _cached_tokens_to_tell(sequence: Sequence) -> int:

@@ -43,6 +43,10 @@ class Scheduler:
         self.max_context_tokens = max_context_tokens
         self.preemptions = 0
         """Since start."""
+        self.prefix_queried_tokens = 0
+        """Since start: tokens of newly admitted prompts, if there is a prefix cache to look them up in."""
+        self.prefix_hit_tokens = 0
+        """Of them, those that it held."""
         self.step = 0
         """The newest step handed out; 0 before the first."""
         self._long_prefill_tokens = (
@@ -71,6 +75,11 @@ class Scheduler:
     @property
     def pages_used_per_rank(self) -> tuple[int, ...]:
         return self._allocator.used_per_rank
+
+    @property
+    def pages_cached_per_rank(self) -> tuple[int, ...]:
+        """Pages that no sequence holds and the prefix cache keeps."""
+        return self._allocator.idle_per_rank
 
     @property
     def has_work(self) -> bool:
@@ -127,6 +136,10 @@ class Scheduler:
             if row.samples:
                 sampled.append((sequence, next(token_ids)))
         return sampled
+
+    def prefilling(self, batch: Batch) -> list[Sequence]:
+        """The sequences that a completed batch left in the middle of their prompts."""
+        return [self._running[row.sequence_id] for row in batch.rows if not row.samples]
 
     def _decode_rows(self, grants: list[PageGrant]) -> list[Row]:
         """One row for each running sequence that lacks nothing but its newest token, oldest first."""
@@ -189,6 +202,9 @@ class Scheduler:
             sequence.is_long = is_long
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.num_computed_tokens
+                if self._namer is not None:
+                    self.prefix_queried_tokens += sequence.num_tokens
+                    self.prefix_hit_tokens += sequence.num_computed_tokens
             grants += self._allocator.share(sequence.pages, cached)
             shares.add(sequence, wanted_tokens)
             admitted.append(sequence)

@@ -1,15 +1,17 @@
 """A rank's executor: applies step messages in order and computes them. Every rank runs the same code."""
 
+import msgspec
 import torch
 from llguidance import LLTokenizer
 
 from lean_attention import Backend
 from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.step import StepAttention
-from leanserve.contracts.batch import Batch, StepResult, step_checksum
+from leanserve.contracts.batch import Batch, StepResult, StepTimes, step_checksum
 from leanserve.contracts.errors import DesyncError
 from leanserve.contracts.messages import Logprobs
 from leanserve.distributed.ranks import Ranks
+from leanserve.distributed.stopwatch import Stopwatch
 from leanserve.model.decoder import Decoder
 from leanserve.worker.adjustments import Adjustments
 from leanserve.worker.inputs import SampledRows, StepInputs, build_inputs
@@ -48,6 +50,9 @@ class Runner:
         )
         self._completed_step = 0
         self._checksum = 0
+        self._in_forward = Stopwatch(ranks.device)
+        self._in_sampling = Stopwatch(ranks.device)
+        ranks.in_collectives.take_s()  # what loading took is not the first step's
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
@@ -62,20 +67,26 @@ class Runner:
             self._adjustments.apply(batch.dropped, batch.started)
         result = StepResult(batch.step, [])
         if batch.rows:
-            inputs = build_inputs(batch.rows, self._live, self._shard.page_tokens, self._ranks)
-            hidden_NC = self._decoder.forward(
-                inputs.tokens_N,
-                inputs.layout.positions_N,
-                self._attention(inputs),
-                prompt_lengths_N=inputs.prompt_lengths_N,
-            )
-            prompt_logprobs: dict[int, Logprobs] = {}
-            if inputs.scored is not None:
-                prompt_logprobs = score_prompts(self._decoder, hidden_NC, inputs.scored, self._ranks)
-            result = self._sample(batch.step, hidden_NC, inputs.sampled, prompt_logprobs)
+            with self._in_forward:
+                inputs = build_inputs(batch.rows, self._live, self._shard.page_tokens, self._ranks)
+                hidden_NC = self._decoder.forward(
+                    inputs.tokens_N,
+                    inputs.layout.positions_N,
+                    self._attention(inputs),
+                    prompt_lengths_N=inputs.prompt_lengths_N,
+                )
+            with self._in_sampling:
+                prompt_logprobs: dict[int, Logprobs] = {}
+                if inputs.scored is not None:
+                    prompt_logprobs = score_prompts(self._decoder, hidden_NC, inputs.scored, self._ranks)
+                result = self._sample(batch.step, hidden_NC, inputs.sampled, prompt_logprobs)
         self._completed_step = batch.step
         self._checksum = step_checksum(batch.step, result.token_ids)
-        return result
+        return msgspec.structs.replace(result, times=self._times())
+
+    def _times(self) -> StepTimes:
+        watches = (self._in_forward, self._in_sampling, self._ranks.in_collectives)
+        return StepTimes(*(watch.take_s() for watch in watches))
 
     def _check_past(self, batch: Batch) -> None:
         if batch.step != self._completed_step + 1:
