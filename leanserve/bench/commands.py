@@ -140,6 +140,7 @@ def gpu(
         write_gpu_report(report, out)
     print_gpu_report(report, Console())
     if not all(check.passed for check in report.checks):
+        raise typer.Exit(1)
 
 
 @bench_app.command()
