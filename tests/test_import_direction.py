@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
         "bundled",
     },
     "llm": {"grammars", "launch", "server"},
-    "bench": {"launch", "worker", "model", "attention", "distributed", "engine", "llm", "lean_attention"},
+    "bench": {"launch", "worker", "model", "attention", "distributed", "engine", "llm", "lean_attention"}
+    | {"server", "bundled"},
     "bundled": {"launch", "server"},
     "__main__": {"launch", "llm", "bench", "bundled", "loadtest", "planner", "server"},
     "__init__": {"llm"},

@@ -8,7 +8,14 @@ from itertools import takewhile
 
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.errors import EngineError, RequestError
-from leanserve.contracts.messages import Logprobs, StepReport, Submit, TokenOutput, TokenOutputs
+from leanserve.contracts.messages import (
+    Logprobs,
+    PrefillProgress,
+    StepReport,
+    Submit,
+    TokenOutput,
+    TokenOutputs,
+)
 from leanserve.contracts.sampling import FinishReason
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
@@ -34,6 +41,8 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._live: dict[str, Sequence] = {}
         self._next_sequence_id = 1
+        self._prefills: tuple[PrefillProgress, ...] = ()
+        """Of the newest step, until it is reported."""
         self._step_report: StepReport | None = None
         """Of a step that `report` has not told yet."""
 
@@ -101,6 +110,7 @@ class Engine:
     def report(self, outputs: list[TokenOutput]) -> TokenOutputs:
         """`outputs` with the load as it is now, and what the newest step took if that was not told before."""
         scheduler = self._scheduler
+        prefills, self._prefills = self._prefills, ()
         step_report, self._step_report = self._step_report, None
         return TokenOutputs(
             step=scheduler.step,
@@ -109,6 +119,7 @@ class Engine:
             waiting=scheduler.num_waiting,
             pages_used_per_rank=scheduler.pages_used_per_rank,
             preemptions=scheduler.preemptions,
+            prefills=prefills,
             pages_cached_per_rank=scheduler.pages_cached_per_rank,
             prefix_queried_tokens=scheduler.prefix_queried_tokens,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
@@ -138,6 +149,7 @@ class Engine:
                 )
             else:
                 outputs.append(self._end(sequence, reason, None, token_id, logprobs))
+        self._prefills = tuple(_progress(sequence) for sequence in self._scheduler.prefilling(batch))
         return outputs
 
     def _prompt_scores(self, result: StepResult) -> list[TokenOutput]:
@@ -171,6 +183,12 @@ class Engine:
             cached_tokens=0 if token_id is None else _cached_tokens_to_tell(sequence),
             logprobs=logprobs,
         )
+
+
+def _progress(sequence: Sequence) -> PrefillProgress:
+    return PrefillProgress(
+        sequence.request_id, sequence.cached_tokens or 0, sequence.num_computed_tokens, sequence.num_tokens
+    )
 
 
 def _cached_tokens_to_tell(sequence: Sequence) -> int:

@@ -37,9 +37,10 @@ class Answer(ABC):
         object_name = chunk_object if self.streams else whole_object
         self._envelope = {"id": self.id, "object": object_name, "created": int(time.time()), "model": model_name}
         prompts = {id(choice.prompt): choice.prompt for choice in choices.values()}
-        self._prompt_tokens = sum(prompt.num_tokens for prompt in prompts.values())
+        self.prompt_tokens = sum(prompt.num_tokens for prompt in prompts.values())
         options = request.stream_options
         self.includes_usage = bool(options and options.include_usage)
+        self.tells_progress = bool(request.return_progress)
         self._continuous_usage = bool(options and options.include_usage and options.continuous_usage_stats)
 
     @abstractmethod
@@ -50,15 +51,34 @@ class Answer(ABC):
         """What an output adds to its choice."""
         return choice.pieces(output)
 
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.num_tokens for choice in self.choices.values())
+
+    def progress(self, outputs: OutputStream) -> dict[str, int]:
+        """How far all prompts together are: tokens in all, found in the cache, and in the KV cache by now."""
+        total = cached = processed = 0
+        for choice in self.choices.values():
+            now = outputs.progress.get(choice.request_id)
+            if now is not None:
+                total += now.total_tokens
+                cached += now.cached_tokens
+                processed += now.processed_tokens
+            else:  # not begun, or done
+                total += choice.prompt.num_tokens
+                cached += choice.cached_tokens
+                processed += choice.prompt.num_tokens if choice.num_tokens else 0
+        return {"total": total, "cached": cached, "processed": processed}
+
     def usage(self) -> dict[str, object]:
-        completion_tokens = sum(choice.num_tokens for choice in self.choices.values())
+        completion_tokens = self.completion_tokens
         cached: dict[int, int] = {}  # a prompt's samples share it: count what its first one found
         for choice in self.choices.values():
             cached.setdefault(id(choice.prompt), choice.cached_tokens)
         return {
-            "prompt_tokens": self._prompt_tokens,
+            "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion_tokens,
-            "total_tokens": self._prompt_tokens + completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         }
 
@@ -70,6 +90,9 @@ class Answer(ABC):
         elif self.includes_usage:
             chunk["usage"] = None
         return chunk
+
+    def progress_chunk(self, progress: dict[str, int], time_ms: float) -> dict[str, object]:
+        return {**self._envelope, "choices": [], "prompt_progress": {**progress, "time_ms": round(time_ms, 1)}}
 
     def usage_chunk(self) -> dict[str, object]:
         return {**self._envelope, "choices": [], "usage": self.usage()}
@@ -93,7 +116,7 @@ class Answer(ABC):
             for piece in self.pieces(choice, output):
                 yield piece
             if choice.finish_reason is not None:
-                outputs.abort(choice.request_id)
+                outputs.abort(choice.request_id, reason=choice.finish_reason)
 
 
 def _joined(pieces: list[Piece]) -> Piece:

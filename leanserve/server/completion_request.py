@@ -1,5 +1,6 @@
 """The body of POST /v1/completions."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -52,7 +53,7 @@ class CompletionRequest(GenerationRequest):
         """False for echo with max_tokens 0: the prompt alone is answered."""
         return self.given_max_tokens != 0
 
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> list[str] | list[Sequence[int]]:
         """The prompts, one or many, all of one kind.
 
         Raises:

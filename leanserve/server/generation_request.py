@@ -115,6 +115,8 @@ class GenerationRequest(Body):
     """Choices for each prompt."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
+    """In a stream, before the first token: chunks that say how far the prompt is (prompt_progress)."""
     return_token_ids: bool | None = None
     """Add token_ids to each choice."""
     return_tokens_as_token_ids: bool | None = None
@@ -138,6 +140,11 @@ class GenerationRequest(Body):
                 param="max_completion_tokens",
                 code="invalid_value",
             )
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer puts its own special tokens around text."""
+        return self.add_special_tokens is not False
 
     @property
     def given_max_tokens(self) -> int | None:

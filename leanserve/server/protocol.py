@@ -19,7 +19,6 @@ __all__ = [
     "ErrorBody",
     "JsonObject",
     "TokenIds",
-    "TokenizeRequest",
 ]
 
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
@@ -38,7 +37,6 @@ NOT_HONOURED: dict[str, tuple[object, ...]] = {
     "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
-    "return_progress": (False,),
     "prompt_embeds": (),
     "messages": (),
     "return_token_strs": (False,),
@@ -121,13 +119,6 @@ class ErrorBody(BaseModel):
     """Every answer that is not a success."""
 
     error: ErrorDetail
-
-
-class TokenizeRequest(Body):
-    """POST /tokenize."""
-
-    prompt: str
-    add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(Body):

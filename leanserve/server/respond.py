@@ -6,14 +6,15 @@ from typing import Any, TypeVar
 
 import orjson
 from fastapi import Request
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from leanserve.contracts.errors import RequestError
 from leanserve.server.answer import Answer
+from leanserve.server.middleware import ClientLeft
 from leanserve.server.output_stream import OutputStream
+from leanserve.server.request_facts import facts_of
 from leanserve.server.serving import Serving
-from leanserve.server.sse import EventStream, answer_events
+from leanserve.server.sse import EventStream
 
 __all__ = ["json_body", "json_response", "respond"]
 
@@ -21,7 +22,7 @@ _T = TypeVar("_T")
 
 
 def json_response(content: object) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
 async def json_body(request: Request) -> bytes:
@@ -41,17 +42,20 @@ async def respond(request: Request, serving: Serving, answer: Answer) -> Respons
     Raises:
         OverloadedError: the server is loading, draining or full.
         EngineError: the engine is gone, or failed before a stream began.
-        ClientDisconnect: the client went away before the whole answer was there.
+        ClientLeft: the client went away before the whole answer was there.
     """
-    serving.admit(len(answer.choices))  # again: tokenizing a long text takes a while
-    outputs = serving.client.open_stream()
+    serving.admit(len(answer.choices), answer.prompt_tokens)  # again: tokenizing a long text takes a while
+    facts = facts_of(request.scope)
+    facts.prompt_tokens = answer.prompt_tokens
+    outputs = serving.client.open_stream(arrived_at=facts.arrived_at)
     try:
         for choice in answer.choices.values():
             outputs.submit(choice.request_id, choice.prompt.token_ids, choice.sampling)
         if answer.streams:
-            events = answer_events(answer, outputs, serving.settings.keep_alive_s)
-            return EventStream(events, outputs, serving.counts)
-        return await _unless_disconnected(request, _whole(answer, outputs))
+            return EventStream(answer, outputs, serving.settings.keep_alive_s, serving.counts)
+        response = await _unless_disconnected(request, outputs, _whole(answer, outputs))
+        facts.completion_tokens = answer.completion_tokens
+        return response
     except BaseException:
         outputs.abort()
         raise
@@ -65,11 +69,11 @@ async def _whole(answer: Answer, outputs: OutputStream) -> Response:
     return json_response(answer.whole(pieces))
 
 
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+async def _unless_disconnected(request: Request, outputs: OutputStream, work: Coroutine[Any, Any, _T]) -> _T:
     """The result of `work`, which is cancelled when the client goes away first.
 
     Raises:
-        ClientDisconnect: it went away.
+        ClientLeft: it went away.
     """
 
     async def disconnect() -> None:
@@ -81,7 +85,7 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, _T]) 
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientDisconnect
+            raise ClientLeft(outputs.phase)
         return working.result()
     finally:
         working.cancel()

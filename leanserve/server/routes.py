@@ -2,14 +2,18 @@
 
 import asyncio
 
+import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from leanserve import __version__
 from leanserve.contracts.errors import EngineError
+from leanserve.server.chat import prepare_chat
+from leanserve.server.chat_request import ChatRequest, TokenizeRequest
+from leanserve.server.completion_body import read_completion
 from leanserve.server.completion_request import CompletionRequest
 from leanserve.server.completions import Completion
-from leanserve.server.protocol import DetokenizeRequest, ErrorBody, TokenizeRequest
+from leanserve.server.protocol import DetokenizeRequest, ErrorBody
 from leanserve.server.respond import json_body, json_response, respond
 from leanserve.server.serving import Serving, check_token_ids
 
@@ -27,23 +31,32 @@ def build_router(serving: Serving) -> APIRouter:
 
     @router.post("/v1/completions", openapi_extra={"requestBody": CompletionRequest.openapi()})
     async def completions(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        body = CompletionRequest.parse(await json_body(request))
-        serving.counts["unknown_fields"] += body.unknown_fields
+        body, given = await read_completion(await json_body(request))
+        serving.counts.unknown_fields += body.unknown_fields
         serving.check_model(body.model)
         sampling = body.sampling()
         info = serving.admit(sampling.n)
-        prompts = await serving.prepare(body.prompts(), body, sampling, info, keeps_text=bool(body.echo))
+        prompts = await serving.prepare(given, body, sampling, info, keeps_text=bool(body.echo))
         answer = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
+        return await respond(request, serving, answer)
+
+    @router.post("/v1/chat/completions", openapi_extra={"requestBody": ChatRequest.openapi()})
+    async def chat(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        body = ChatRequest.parse(await json_body(request))
+        serving.counts.unknown_fields += body.unknown_fields
+        serving.check_model(body.model)
+        answer = await prepare_chat(serving, body)
         return await respond(request, serving, answer)
 
     @router.post("/tokenize", openapi_extra={"requestBody": TokenizeRequest.openapi()})
     async def tokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         body = TokenizeRequest.parse(await json_body(request))
         serving.check_model(body.model)
-        special = body.add_special_tokens is not False
-        token_ids = await asyncio.to_thread(serving.text_tokenizer().encode, body.prompt, add_special_tokens=special)
+        text = body.prompt if body.messages is None else await serving.render(body.messages, body)
+        [token_ids] = await serving.encode([text or ""], add_special_tokens=body.adds_special_tokens)
         limit = serving.client.info.max_context_tokens if serving.client.info else None
-        return json_response({"count": len(token_ids), "max_model_len": limit, "tokens": token_ids})
+        tokens = np.frombuffer(token_ids, dtype=np.int32)
+        return json_response({"count": len(token_ids), "max_model_len": limit, "tokens": tokens})
 
     @router.post("/detokenize", openapi_extra={"requestBody": DetokenizeRequest.openapi()})
     async def detokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -89,6 +102,14 @@ def build_router(serving: Serving) -> APIRouter:
         serving.check_serving()
         return json_response({"status": "ready"})
 
+    @router.get("/metrics")
+    async def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return Response(serving.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return serving.page.response()
+
     @router.get("/ping")
     async def ping() -> Response:  # pyright: ignore[reportUnusedFunction]
         return json_response({})
@@ -109,4 +130,9 @@ def _model_card(serving: Serving, name: str) -> dict[str, object]:
         "owned_by": "leanserve",
         "root": serving.model_name,
         "max_model_len": info.max_context_tokens if info else None,
+        "architecture": info.architecture if info else None,
+        "dtype": info.dtype if info else None,
+        "device": info.device if info else None,
+        "attention": info.attention if info else None,
+        "ranks": len(info.pages_per_rank) if info else None,
     }

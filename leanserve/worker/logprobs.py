@@ -9,14 +9,11 @@ import torch
 
 from leanserve.contracts.messages import Logprobs
 from leanserve.distributed.ranks import Ranks
-from leanserve.model.activations import SCORING_BYTES
+from leanserve.model.activations import SCORED_LOGITS_BYTES
 from leanserve.model.decoder import Decoder
 from leanserve.worker.inputs import ScoredTokens
 
 __all__ = ["score", "score_prompts", "unpack"]
-
-_CHUNK_BYTES = SCORING_BYTES // 4
-"""Float32 logits at once: what bounds the memory of scoring a prompt."""
 
 
 def score(logits_MV: torch.Tensor, tokens_M: torch.Tensor, num_top: int) -> torch.Tensor:
@@ -46,7 +43,7 @@ def score_prompts(decoder: Decoder, hidden_NC: torch.Tensor, scored: ScoredToken
     mine_LC = hidden_NC.new_zeros((max(scored.tokens_per_rank), hidden_NC.shape[1]))
     mine_LC[: scored.rows_L.shape[0]] = hidden_NC[scored.rows_L]
     hidden_SC = ranks.all_gather(mine_LC)[scored.owners, scored.places]
-    chunk_rows = max(1, _CHUNK_BYTES // (4 * decoder.architecture.vocab_size))
+    chunk_rows = max(1, SCORED_LOGITS_BYTES // (4 * decoder.architecture.vocab_size))
     chunks = []
     for hidden_MC, targets_M in zip(hidden_SC.split(chunk_rows), scored.targets.split(chunk_rows), strict=True):
         logits_MV = decoder.logits(hidden_MC)
