@@ -271,7 +271,7 @@ class LLM:
         for param, ids in (("logit_bias", sampling.logit_bias), ("allowed_token_ids", sampling.allowed_token_ids)):
             if ids and max(ids) >= self.info.vocab_size:
                 raise RequestError(
-                    f"{param} holds a token id outside the vocabulary of {self.info.vocab_size}", param=param
+                    f"{param} holds token id {max(ids)}, outside the vocabulary of {self.info.vocab_size}", param=param
                 )
         total = len(token_ids) + sampling.max_tokens
         if total > self.info.max_context_tokens:

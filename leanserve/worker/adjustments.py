@@ -3,6 +3,7 @@
 Rank 0 alone needs this. Rows without such options pass through untouched, and cost nothing.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -13,10 +14,14 @@ from llguidance import LLMatcher, LLTokenizer
 from leanserve.contracts.batch import NewSequence
 from leanserve.contracts.errors import RequestError
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.contracts.structured_outputs import StructuredOutputsParams
 from leanserve.grammars.grammar import compile_grammar
 from leanserve.worker.sequences import LiveSequence
 
 __all__ = ["Adjustments"]
+
+_MAX_COMPILED = 16
+"""Grammars kept, so that samples of one request, and requests of one client, compile once."""
 
 _RULED_OUT = -1e30
 """For a token that may not come unless nothing else may: its probability is 0. What a grammar forbids is -inf."""
@@ -43,6 +48,8 @@ class Adjustments:
         self._grammar_tokenizer = grammar_tokenizer
         self._rows: dict[int, _Row] = {}
         self._compiler = ThreadPoolExecutor(1, "grammar")
+        self._compiled: OrderedDict[StructuredOutputsParams, LLMatcher] = OrderedDict()
+        """The newest grammars, at their start; the compiler's thread alone touches them."""
 
     def apply(self, dropped: list[int], started: list[NewSequence]) -> None:
         """Follow a step message: forget the dropped, look at the started. A grammar begins to compile."""
@@ -100,7 +107,13 @@ class Adjustments:
         assert sampling.structured_outputs is not None
         if self._grammar_tokenizer is None:
             raise RequestError("structured_outputs needs a tokenizer, and this model has none")
-        matcher = compile_grammar(sampling.structured_outputs, self._grammar_tokenizer)
+        wish = sampling.structured_outputs
+        if wish not in self._compiled:
+            self._compiled[wish] = compile_grammar(wish, self._grammar_tokenizer)
+            if len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(wish)
+        matcher = self._compiled[wish].deep_copy()
         matcher.consume_tokens(output_token_ids)
         return matcher
 

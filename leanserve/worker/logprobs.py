@@ -8,14 +8,11 @@ import torch
 
 from leanserve.contracts.messages import Logprobs
 from leanserve.distributed.ranks import Ranks
-from leanserve.model.activations import SCORING_BYTES
+from leanserve.model.activations import SCORED_LOGITS_BYTES
 from leanserve.model.decoder import Decoder
 from leanserve.worker.inputs import ScoredTokens
 
 __all__ = ["score", "score_prompts", "unpack"]
-
-_CHUNK_BYTES = SCORING_BYTES // 4
-"""Float32 logits at once: what bounds the memory of scoring a prompt."""
 
 
 def score(logits_MV: torch.Tensor, tokens_M: torch.Tensor, num_top: int) -> torch.Tensor:
@@ -45,7 +42,7 @@ def score_prompts(decoder: Decoder, hidden_NC: torch.Tensor, scored: ScoredToken
     width = 2 + 2 * scored.num_top
     most = max(scored.tokens_per_rank)
     mine = torch.zeros((most, width), dtype=torch.float64, device=hidden_NC.device)
-    chunk_rows = max(1, _CHUNK_BYTES // (4 * decoder.architecture.vocab_size))
+    chunk_rows = max(1, SCORED_LOGITS_BYTES // (4 * decoder.architecture.vocab_size))
     for start in range(0, scored.rows_L.shape[0], chunk_rows):
         chunk = slice(start, start + chunk_rows)
         logits_MV = decoder.logits(hidden_NC[scored.rows_L[chunk]])

@@ -152,6 +152,18 @@ def test_masks_follow_the_text_over_a_restart(tokenizer, restarts):
     assert adjustments.accept([1], [d]) == {1}, "nothing may follow"
 
 
+def test_samples_of_one_grammar_go_their_own_ways(tokenizer):
+    sampling = SamplingParams(structured_outputs={"regex": "a[0-9]|b[x-z]"})
+    adjustments = grammar_adjustments(tokenizer)
+    adjustments.apply([], [new(1, sampling, []), new(2, sampling, [])])
+    [a], [b], [x] = (tokenizer.encode(text, add_special_tokens=False) for text in "abx")
+    assert adjustments.accept([1, 2], [a, b]) == set()
+    logits = torch.zeros(2, tokenizer.vocab_size + 5)
+    result, failed = adjustments.adjust(logits, [1, 2], [live(sampling, [a]), live(sampling, [b])])
+    assert failed == {}
+    assert [bool(row[x] > -1e29) for row in result] == [False, True]
+
+
 def test_ignore_eos_and_min_tokens_go_on_where_the_grammar_can(tokenizer):
     [a] = tokenizer.encode("a", add_special_tokens=False)
     for more in ({"ignore_eos": True}, {"min_tokens": 5}):
