@@ -15,13 +15,13 @@ PROMPTS = random_prompts(LENGTHS, seed=31)
 PROMPTS[3] = PROMPTS[4][:17]  # it begins like another
 SCORED = SamplingParams(temperature=0, max_tokens=4, logprobs=3, prompt_logprobs=2)
 PENALIZED = SamplingParams(
-    max_tokens=12,
+    max_tokens=20,
     seed=3,
     presence_penalty=0.5,
     frequency_penalty=0.3,
     repetition_penalty=1.2,
     logit_bias={5: 2.0},
-    min_tokens=12,
+    min_tokens=20,
     logprobs=0,
     prompt_logprobs=0,
 )
