@@ -90,6 +90,10 @@ class Answer:
     step_reports: list[StepReport] = field(default_factory=list)
     traffic: list[list[StepTraffic]] = field(default_factory=list)
     """With counts_traffic: of each rank, its steps that computed something."""
+    logprobs: list[list[tuple[float, int, list[tuple[int, float]]]]] = field(default_factory=list)
+    """By prompt, of each token, where `logprobs` is asked for: its own, its rank, the most likely (id, logprob)s."""
+    prompt_logprobs: list[list[tuple[float, int, list[tuple[int, float]]]]] = field(default_factory=list)
+    """By prompt, of its tokens from the second on, where `prompt_logprobs` is asked for."""
     rows_logits: list[list[list[float]]] = field(default_factory=list)
     """With keep_logits: each step's logits [M, V] of rank 0."""
 
@@ -169,6 +173,8 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
     reasons = [""] * len(case.prompts)
     cached_tokens = [0] * len(case.prompts)
     step_reports: list[StepReport] = []
+    logprobs: list[list[Any]] = [[] for _ in case.prompts]
+    prompt_logprobs: list[list[Any]] = [[] for _ in case.prompts]
     pages_left = preemptions = 0
 
     def drain() -> None:
@@ -178,6 +184,11 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
             for output in report.outputs:
                 token_ids[int(output.request_id)] += output.token_ids
                 cached_tokens[int(output.request_id)] += output.cached_tokens
+                if output.logprobs is not None:
+                    logprobs[int(output.request_id)] += output.logprobs.rows()
+                if output.prompt_logprobs is not None:
+                    assert not token_ids[int(output.request_id)], "prompts are scored before the first token"
+                    prompt_logprobs[int(output.request_id)] += output.prompt_logprobs.rows()
                 if output.finish_reason is not None:
                     assert reasons[int(output.request_id)] == "", "a request ended twice"
                     reasons[int(output.request_id)] = output.finish_reason
@@ -191,7 +202,17 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
         if not case.at_once:
             drain()
     drain()
-    return Answer(token_ids, reasons, preemptions, pages_left, cached_tokens, step_reports, rows_logits=kept)
+    return Answer(
+        token_ids,
+        reasons,
+        preemptions,
+        pages_left,
+        cached_tokens,
+        step_reports,
+        logprobs,
+        prompt_logprobs,
+        rows_logits=kept,
+    )
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class PrefixReuse:
         namer, page_tokens = self._namer, self._page_tokens
         if namer is None:
             return Cached(numbers, None, 0)
-        num_pages = (sequence.num_tokens - 1) // page_tokens
+        num_pages = sequence.max_cached_tokens // page_tokens
         for first in range(0, num_pages, _PAGES_NAMED_AT_ONCE):
             end = min(first + _PAGES_NAMED_AT_ONCE, num_pages)
             numbers += self._allocator.find(self._names(sequence, first, end, namer))
@@ -61,7 +61,7 @@ class PrefixReuse:
         start = len(numbers) * page_tokens
         following = self._allocator.following(self._parent(sequence, len(numbers), namer))
         if following is not None:
-            wanted = sequence.token_bytes(start, min(start + page_tokens, sequence.num_tokens - 1))
+            wanted = sequence.token_bytes(start, min(start + page_tokens, sequence.max_cached_tokens))
             tokens = _common_tokens(following[1], wanted)
             if tokens * _WORTH_COPYING >= page_tokens:
                 return Cached(numbers, following[0], tokens)
@@ -89,7 +89,7 @@ class PrefixReuse:
     def leader_of(self, sequence: Sequence, cached: Cached, step: int) -> Sequence | None:
         """Who completes, about now, the page that `sequence` would have to compute first; None if nobody before it."""
         ordinal = len(cached.pages)
-        if self._namer is None or ordinal >= (sequence.num_tokens - 1) // self._page_tokens:
+        if self._namer is None or ordinal >= sequence.max_cached_tokens // self._page_tokens:
             return None
         leader = self._leaders.get(self._names(sequence, ordinal, ordinal + 1, self._namer)[0])
         if leader is None or leader.order > sequence.order or not self.leads(leader, sequence, step):
@@ -104,7 +104,7 @@ class PrefixReuse:
         ordinal = leader.leads
         if self._namer is None or ordinal is None or leader.leads_since_step < step - 1:
             return False
-        if ordinal >= (sequence.num_tokens - 1) // self._page_tokens:
+        if ordinal >= sequence.max_cached_tokens // self._page_tokens:
             return False
         return self._names(sequence, ordinal, ordinal + 1, self._namer)[0] == leader.page_names[ordinal]
 
