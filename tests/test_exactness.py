@@ -305,7 +305,7 @@ def awkward_split_cases_of(model_dirs) -> list[Case]:
     crowded = Case(
         model_dirs["qwen2"],
         [head + tail for tail in tails],
-        SamplingParams(temperature=0, max_tokens=24),
+        SamplingParams(temperature=0, max_tokens=40),
         page_tokens=PAGE,
         pages_per_rank=4,
         weights="mlp",
