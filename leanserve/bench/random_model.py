@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from leanserve.model.architecture import Architecture, read_architecture
 
-__all__ = ["ONE_BILLION", "STANDARD", "TINY", "ModelShape", "make_checkpoint"]
+__all__ = ["ONE_BILLION", "SMALL", "STANDARD", "TINY", "ModelShape", "make_checkpoint"]
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +38,18 @@ STANDARD = ModelShape(
     max_position_embeddings=1 << 20,
     initializer_range=0.02,
 )
+SMALL = ModelShape(
+    num_hidden_layers=4,
+    hidden_size=128,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=2048,
+    max_position_embeddings=1 << 20,
+    initializer_range=0.1,
+)
+"""The bundled model's size: a CPU prefills tens of thousands of tokens with it in a minute."""
 TINY = ModelShape(
     num_hidden_layers=2,
     hidden_size=64,

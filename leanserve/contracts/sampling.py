@@ -173,6 +173,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS and all(map(_is_token_id, self.stop_token_ids)),
             f"it must be at most {MAX_STOP_TOKEN_IDS} token ids, none negative",
         )
+        require_int(
+            "priority",
+            -MAX_PRIORITY,
+            MAX_PRIORITY,
+            f"it must be an integer from {-MAX_PRIORITY} (most urgent) to {MAX_PRIORITY}",
+        )
         require(
             "cache_salt",
             self.cache_salt is None or _is_text(self.cache_salt, MAX_CACHE_SALT_CHARS),

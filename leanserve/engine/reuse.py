@@ -3,6 +3,7 @@ queue and no budget."""
 
 from dataclasses import dataclass
 
+from leanserve.contracts.kv_sharding import PageCopy, PageGrant
 from leanserve.engine.pages import PageAllocator
 from leanserve.engine.prefix_cache import PageNamer
 from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
@@ -65,6 +66,25 @@ class PrefixReuse:
             if tokens * _WORTH_COPYING >= page_tokens:
                 return Cached(numbers, following[0], tokens)
         return Cached(numbers, None, 0)
+
+    def take_over(
+        self,
+        sequence: Sequence,
+        cached: Cached,
+        expected_pages: int,
+        grants: list[PageGrant],
+        copies: list[PageCopy],
+    ) -> int:
+        """Grant a sequence what is cached of it. Returns how many tokens it has beyond whole pages."""
+        grants += self._allocator.share(sequence.pages, cached.pages)
+        if cached.source is None:
+            return 0
+        made = self._allocator.copy(sequence.pages, cached.source, expected_pages)
+        if made is None:
+            return 0
+        grants.append(made[0])
+        copies.append(made[1])
+        return cached.source_tokens
 
     def leader_of(self, sequence: Sequence, cached: Cached, step: int) -> Sequence | None:
         """Who completes, about now, the page that `sequence` would have to compute first; None if nobody before it."""

@@ -6,7 +6,7 @@ from leanserve.contracts.errors import RequestTooLongError
 from leanserve.contracts.kv_sharding import KvSharding, PageCopy, PageGrant
 from leanserve.engine.pages import PageAllocator
 from leanserve.engine.prompt_shares import PromptShares
-from leanserve.engine.reuse import Cached, PrefixReuse
+from leanserve.engine.reuse import PrefixReuse
 from leanserve.engine.sequence import Sequence, SequenceState
 from leanserve.engine.waiting import WaitingQueue
 
@@ -142,13 +142,13 @@ class Scheduler:
         return [self._running[row.sequence_id] for row in batch.rows if not row.samples]
 
     def _decode_rows(self, grants: list[PageGrant]) -> list[Row]:
-        """One row for each running sequence that lacks nothing but its newest token, oldest first."""
+        """One row for each running sequence that lacks nothing but its newest token, in order."""
         rows: list[Row] = []
         page_tokens = self.sharding.page_tokens
         kept_pages = 0
         for sequence in tuple(self._running.values()):
             if sequence.state is not SequenceState.RUNNING:
-                break  # sent away by an older one in this very loop, and so are all that follow
+                break  # sent away by an earlier one in this very loop, and so are all that follow
             start = sequence.num_computed_tokens
             if sequence.num_tokens - start != 1:
                 kept_pages += self._missing_pages(sequence)
@@ -202,24 +202,12 @@ class Scheduler:
                 break
             needed_pages += new_pages
             self._waiting.remove(sequence)
-            wanted_tokens -= self._take_over(sequence, cached, grants, copies)
+            expected_pages = self.sharding.pages_for(sequence.max_total_tokens)
+            wanted_tokens -= self._reuse.take_over(sequence, cached, expected_pages, grants, copies)
             self._start(sequence, sequence.num_tokens - wanted_tokens)
             shares.add(sequence, wanted_tokens)
             admitted.append(sequence)
         return admitted
-
-    def _take_over(self, sequence: Sequence, cached: Cached, grants: list[PageGrant], copies: list[PageCopy]) -> int:
-        """Grant a sequence what is cached of it. Returns how many tokens it has beyond whole pages."""
-        grants += self._allocator.share(sequence.pages, cached.pages)
-        if cached.source is None:
-            return 0
-        expected_pages = self.sharding.pages_for(sequence.max_total_tokens)
-        made = self._allocator.copy(sequence.pages, cached.source, expected_pages)
-        if made is None:
-            return 0
-        grants.append(made[0])
-        copies.append(made[1])
-        return cached.source_tokens
 
     def _start(self, sequence: Sequence, computed_tokens: int) -> None:
         last = next(reversed(self._running.values()), None)
@@ -238,11 +226,10 @@ class Scheduler:
     def _give_way_to_urgent(self) -> None:
         """Send less urgent sequences away, the last first, where the head of the queue can start for it."""
         head = self._waiting.head
-        if head is None or head is self._stuck or not self._running:
+        last = next(reversed(self._running.values()), None)
+        if head is None or head is self._stuck or last is None or not _gives_way(last, head):
             return
         running = list(self._running.values())
-        if not _gives_way(running[-1], head):
-            return
         cached = self._reuse.find(head)
         if not head.has_followed and self._reuse.leader_of(head, cached, self.step + 1) is not None:
             return
