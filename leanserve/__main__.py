@@ -54,16 +54,16 @@ class AttentionChoice(StrEnum):
     portable = "portable"
 
 
+class MetricsChoice(StrEnum):
+    none = "none"
+    vllm = "vllm"
+
+
 class WeightsChoice(StrEnum):
     auto = "auto"
     replicated = "replicated"
     mlp = "mlp"
     all = "all"
-
-
-class MetricsChoice(StrEnum):
-    none = "none"
-    vllm = "vllm"
 
 
 MODEL, RANKS, MEMORY, HTTP = "Model", "Ranks and devices", "Memory and batching", "HTTP"

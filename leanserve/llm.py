@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from leanserve.contracts.errors import EngineError, RequestError, RequestTooLongError
-from leanserve.contracts.messages import EngineInfo, Logprobs, PrefillProgress
+from leanserve.contracts.logprobs import Logprobs
+from leanserve.contracts.messages import EngineInfo, PrefillProgress
 from leanserve.contracts.sampling import FinishReason, SamplingParams
 from leanserve.grammars.grammar import check_grammar
 from leanserve.launch.engine_group import EngineGroup, make_run_dir

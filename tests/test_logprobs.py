@@ -35,8 +35,8 @@ def model_dir(tmp_path_factory):
 
 
 def cases(model_dir, num_ranks: int) -> dict[str, Case]:
-    prompts = [PROMPTS[4], PROMPTS[2], PROMPTS[5], PROMPTS[5][:40]]
-    tight = Case(model_dir, prompts, PENALIZED, pages_per_rank=math.ceil(12 / num_ranks), max_batch_tokens=64)
+    prompts = [PROMPTS[5], PROMPTS[4], PROMPTS[2], PROMPTS[5][:40]]
+    tight = Case(model_dir, prompts, PENALIZED, pages_per_rank=math.ceil(14 / num_ranks), max_batch_tokens=64)
     # Chunks of 13 tokens cut prompts anywhere; some cuts leave one token, which goes through decode.
     return {"chunked": Case(model_dir, PROMPTS, SCORED, max_batch_tokens=13), "tight": tight}
 

@@ -8,8 +8,8 @@ from itertools import takewhile
 
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.errors import EngineError, RequestError
+from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.messages import (
-    Logprobs,
     PrefillProgress,
     StepReport,
     Submit,

@@ -12,8 +12,8 @@ SCORED_LOGITS_BYTES = 64 << 20
 def activation_bytes(
     architecture: Architecture, batch: BatchOptions, dtype_bytes: int, *, page_tokens: int, captures_graphs: bool
 ) -> int:
-    """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits of the
-    tokens to sample or of prompt tokens to score; page tables of all sequences, at the model's longest; and what
+    """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits
+    of the tokens to sample or of prompt tokens to score; page tables of all sequences, at the model's longest; and what
     captured decode steps keep for themselves."""
     widest = 2 * architecture.intermediate_size + 4 * architecture.hidden_size
     states = architecture.num_heads * (architecture.head_dim + 1) * 4 * 3

@@ -7,7 +7,7 @@ has, C hidden.
 import numpy as np
 import torch
 
-from leanserve.contracts.messages import Logprobs
+from leanserve.contracts.logprobs import Logprobs
 from leanserve.distributed.ranks import Ranks
 from leanserve.model.activations import SCORED_LOGITS_BYTES
 from leanserve.model.decoder import Decoder

@@ -11,7 +11,7 @@ from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.step import StepAttention
 from leanserve.contracts.batch import Batch, Row, StepResult, StepTimes, step_checksum
 from leanserve.contracts.errors import DesyncError
-from leanserve.contracts.messages import Logprobs
+from leanserve.contracts.logprobs import Logprobs
 from leanserve.distributed.ranks import Ranks
 from leanserve.distributed.stopwatch import Stopwatch
 from leanserve.model.decoder import Decoder

@@ -10,7 +10,8 @@ from leanserve.contracts.batch import Batch, NewSequence, Row, step_checksum
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
 from leanserve.contracts.errors import ConfigError, RequestError
 from leanserve.contracts.kv_sharding import KvSharding, PageGrant
-from leanserve.contracts.messages import Configure, Logprobs, Submit, decode_to_engine, encode
+from leanserve.contracts.logprobs import Logprobs
+from leanserve.contracts.messages import Configure, Submit, decode_to_engine, encode
 from leanserve.contracts.sampling import SamplingParams
 
 
