@@ -112,6 +112,9 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """With finish_reason "stop": the token that ended it (also the last of token_ids)."""
     cached_tokens: int = 0
     """In the request's first output that has tokens: how many prompt tokens the prefix cache held."""
+    page_owners: bytes = b""
+    """In the same output: the rank that holds each page of the prompt, in order, as uint16 in native byte order. Told
+    unasked: it is small beside the prompt that was sent (2 bytes a page, against 4 bytes a token)."""
 
 
 class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):

@@ -102,15 +102,24 @@ class Engine:
         outputs: list[TokenOutput] = []
         for sequence, token_id in self._scheduler.complete(batch, result):
             reason = sequence.append(token_id)
+            is_first = len(sequence.output_token_ids) == 1
+            page_owners = self._scheduler.prompt_page_owners(sequence) if is_first else b""
             if reason is None:
                 cached_tokens = _cached_tokens_to_tell(sequence)
-                outputs.append(TokenOutput(sequence.request_id, [token_id], cached_tokens=cached_tokens))
+                outputs.append(
+                    TokenOutput(sequence.request_id, [token_id], cached_tokens=cached_tokens, page_owners=page_owners)
+                )
             else:
-                outputs.append(self._end(sequence, reason, None, token_id))
+                outputs.append(self._end(sequence, reason, None, token_id, page_owners))
         return outputs
 
     def _end(
-        self, sequence: Sequence, reason: FinishReason, error: str | None = None, token_id: int | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: str | None = None,
+        token_id: int | None = None,
+        page_owners: bytes = b"",
     ) -> TokenOutput:
         del self._live[sequence.request_id]
         self._scheduler.remove(sequence)
@@ -121,6 +130,7 @@ class Engine:
             error=error,
             stop_token_id=token_id if reason == "stop" else None,
             cached_tokens=0 if token_id is None else _cached_tokens_to_tell(sequence),
+            page_owners=page_owners,
         )
 
 

@@ -128,6 +128,10 @@ class Scheduler:
                 sampled.append((sequence, next(token_ids)))
         return sampled
 
+    def prompt_page_owners(self, sequence: Sequence) -> bytes:
+        """The ranks that hold the prompt of a running sequence, page by page, as uint16 in native byte order."""
+        return self._allocator.owners(sequence.pages, self.sharding.pages_for(sequence.num_prompt_tokens))
+
     def _decode_rows(self, grants: list[PageGrant]) -> list[Row]:
         """One row for each running sequence that lacks nothing but its newest token, oldest first."""
         rows: list[Row] = []

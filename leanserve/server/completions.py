@@ -1,8 +1,9 @@
 """From tokens to the choices of a text completion, whole or chunk by chunk."""
 
 import time
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from leanserve.contracts.messages import TokenOutput
@@ -25,6 +26,8 @@ class Piece:
     finish_reason: str | None
     stop_reason: str | int | None
     """The stop string, or the requested stop token, that ended the choice."""
+    page_owners: bytes = b""
+    """With the first token: `TokenOutput.page_owners`."""
 
 
 class Choice:
@@ -42,6 +45,12 @@ class Choice:
 
     def pieces(self, output: TokenOutput) -> Iterator[Piece]:
         """One piece a token; the last one carries the finish_reason. What follows a stop string is dropped."""
+        page_owners = output.page_owners
+        for piece in self._pieces(output):
+            yield replace(piece, page_owners=page_owners) if page_owners else piece
+            page_owners = b""
+
+    def _pieces(self, output: TokenOutput) -> Iterator[Piece]:
         self.cached_tokens += output.cached_tokens
         last = len(output.token_ids) - 1
         for place, token_id in enumerate(output.token_ids):
@@ -82,6 +91,7 @@ class Completion:
         sampling: SamplingParams,
         tokenizer: Tokenizer | None,
         model_name: str,
+        page_tokens: int,
     ) -> None:
         self.id = f"cmpl-{uuid4().hex}"
         self.choices = {
@@ -90,6 +100,8 @@ class Completion:
         self._envelope = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model_name}
         self._prompt_tokens = sum(prompt.num_tokens for prompt in prompts)
         self._returns_token_ids = bool(request.return_token_ids)
+        self._returns_page_owners = bool(request.return_page_owners)
+        self._page_tokens = page_tokens
         options = request.stream_options
         self.includes_usage = bool(options and options.include_usage)
         self._continuous_usage = bool(options and options.include_usage and options.continuous_usage_stats)
@@ -145,6 +157,7 @@ class Completion:
                     [token_id for piece in parts for token_id in piece.token_ids],
                     parts[-1].finish_reason,
                     parts[-1].stop_reason,
+                    parts[0].page_owners,
                 )
             )
             for index, parts in by_index.items()
@@ -161,4 +174,7 @@ class Completion:
         }
         if self._returns_token_ids:
             choice["token_ids"] = piece.token_ids
+        if self._returns_page_owners and piece.page_owners:
+            ranks = array("H", piece.page_owners).tolist()
+            choice["page_owners"] = {"page_tokens": self._page_tokens, "ranks": ranks}
         return choice

@@ -174,6 +174,8 @@ class CompletionRequest(_Body):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     """Add token_ids to each choice."""
+    return_page_owners: bool | None = None
+    """Add page_owners to each choice (of a stream: to its first chunk): which rank holds each page of its prompt."""
     add_special_tokens: bool | None = None
     """Put the tokenizer's own special tokens (BOS) around text prompts; true if left out."""
     skip_special_tokens: bool | None = None

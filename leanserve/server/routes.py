@@ -40,7 +40,8 @@ def build_router(serving: Serving) -> APIRouter:
         info = serving.admit(1)
         prompts = await serving.prepare(body, sampling, info)
         serving.admit(len(prompts))  # again: tokenizing a long text takes a while
-        completion = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
+        name = body.model or serving.model_name
+        completion = Completion(body, prompts, sampling, serving.tokenizer, name, info.page_tokens)
         outputs = serving.client.open_stream()
         try:
             for prompt, request_id in zip(prompts, completion.choices, strict=True):

@@ -155,4 +155,10 @@ class EchoEngine:
                 reason = "length"
         if reason is not None:
             del self.running[request_id]
-        return TokenOutput(request_id, token_ids, reason, None, stop_token_id, cached_tokens)
+        is_first = request.sent == len(token_ids)
+        page_owners = array("H", self.page_owners(len(request.prompt)) if is_first else []).tobytes()
+        return TokenOutput(request_id, token_ids, reason, None, stop_token_id, cached_tokens, page_owners)
+
+    def page_owners(self, prompt_tokens: int) -> list[int]:
+        """Pages are dealt to three ranks in turn, beginning with rank 2."""
+        return [(2 + page) % 3 for page in range(-(-prompt_tokens // self.info.page_tokens))]
