@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from leanserve.bundled.client import Answer, ask, served_model
 from leanserve.bundled.corpus import NeedlePrompt, make_prompt
@@ -55,10 +56,17 @@ def run_demo(options: DemoOptions) -> bool:
     with _ended_by_sigterm(), _server(options, progress) as url:
         console.print(f"[bold]{prompt.text.partition(chr(10))[0]}[/], {options.tokens:,} tokens, seed {options.seed}")
         console.print(f"  question     {prompt.question}")
-        with progress.status("reading the log"):
+        with _progress_bar(progress, options.tokens):
             answer = ask(url, prompt.text, MAX_TOKENS)
     _report(prompt, answer, console)
     return prompt.answer in answer.text
+
+
+def _progress_bar(console: Console, tokens: int) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    progress.add_task(f"reading {tokens:,} tokens", total=None)
+    return progress
 
 
 @contextmanager
