@@ -13,20 +13,32 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"lean_attention"},
     "attention": {"distributed", "lean_attention"},
     "model": {"attention", "distributed", "lean_attention"},
-    "worker": {"model", "attention", "distributed", "lean_attention"},
+    "grammars": set(),
+    "worker": {"grammars", "model", "attention", "distributed", "lean_attention"},
     "engine": set(),
-    "server": set(),
+    "server": {"grammars"},
     "loadtest": {"bundled"},
     "planner": {"model"},
-    "launch": {"worker", "model", "attention", "distributed", "lean_attention", "server", "engine", "bundled"},
-    "llm": {"launch", "server"},
-    "bench": {"launch", "worker", "model", "attention", "distributed", "engine", "llm", "lean_attention"},
+    "launch": {
+        "grammars",
+        "worker",
+        "model",
+        "attention",
+        "distributed",
+        "lean_attention",
+        "server",
+        "engine",
+        "bundled",
+    },
+    "llm": {"grammars", "launch", "server"},
+    "bench": {"launch", "worker", "model", "attention", "distributed", "engine", "llm", "lean_attention"}
+    | {"server", "bundled"},
     "bundled": {"launch", "server"},
     "__main__": {"launch", "llm", "bench", "bundled", "loadtest", "planner", "server"},
     "__init__": {"llm"},
     "lean_attention": set(),
 }
-TORCH_FREE = {"contracts", "engine", "server", "loadtest", "planner"}
+TORCH_FREE = {"contracts", "engine", "grammars", "server", "loadtest", "planner"}
 CONTRACTS_MAY_IMPORT = {"msgspec"}
 
 

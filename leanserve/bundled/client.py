@@ -72,8 +72,12 @@ def served_model(url: str) -> str | None:
         raise ConfigError(f"{url}/v1/models answers {response.status} and names no model") from None
 
 
-def ask(url: str, prompt: str, max_tokens: int, on_text: Callable[[str], None] | None = None) -> Answer:
+def ask(url: str, prompt: str, max_tokens: int, on_progress: Callable[[int, int], None] | None = None) -> Answer:
     """Complete a prompt greedily.
+
+    Args:
+        on_progress: called with the prompt's tokens that are in the KV cache, and all of them, whenever more are. Only
+            LeanServe and llama.cpp tell; other servers ignore the question or refuse it.
 
     Raises:
         EngineError: the server cannot be reached any more, refuses or fails; the message says what it said.
@@ -87,6 +91,8 @@ def ask(url: str, prompt: str, max_tokens: int, on_text: Callable[[str], None] |
         "return_token_ids": True,
         "return_page_owners": True,
     }
+    if on_progress is not None:
+        body["return_progress"] = True
     started = time.perf_counter()
     first_s = last_s = 0.0
     texts: list[str] = []
@@ -95,6 +101,8 @@ def ask(url: str, prompt: str, max_tokens: int, on_text: Callable[[str], None] |
     usage: dict[str, Any] = {}
     for event in _events(url, body):
         usage = event.get("usage") or usage
+        if on_progress is not None and (progress := event.get("prompt_progress")):
+            on_progress(progress["processed"], progress["total"])
         for choice in event.get("choices", ()):
             last_s = time.perf_counter() - started
             first_s = first_s or last_s
@@ -102,8 +110,6 @@ def ask(url: str, prompt: str, max_tokens: int, on_text: Callable[[str], None] |
             token_ids += choice.get("token_ids") or ()
             if told := choice.get("page_owners"):
                 owners = PageOwners(told["page_tokens"], tuple(told["ranks"]))
-            if on_text is not None:
-                on_text(choice["text"])
     details = usage.get("prompt_tokens_details") or {}
     return Answer(
         text="".join(texts),

@@ -3,7 +3,7 @@
 import ipaddress
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from leanserve.bundled.client import Answer, ask, served_model
 from leanserve.bundled.corpus import NeedlePrompt, make_prompt
@@ -56,17 +56,19 @@ def run_demo(options: DemoOptions) -> bool:
     with _ended_by_sigterm(), _server(options, progress) as url:
         console.print(f"[bold]{prompt.text.partition(chr(10))[0]}[/], {options.tokens:,} tokens, seed {options.seed}")
         console.print(f"  question     {prompt.question}")
-        with _progress_bar(progress, options.tokens):
-            answer = ask(url, prompt.text, MAX_TOKENS)
+        with _progress_bar(progress) as draw:
+            answer = ask(url, prompt.text, MAX_TOKENS, draw)
     _report(prompt, answer, console)
     return prompt.answer in answer.text
 
 
-def _progress_bar(console: Console, tokens: int) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    progress.add_task(f"reading {tokens:,} tokens", total=None)
-    return progress
+@contextmanager
+def _progress_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Draws how much of the prompt is read, on a terminal."""
+    columns = (TextColumn("reading the log"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

@@ -1,5 +1,9 @@
 """What the front end and the engine on rank 0 say to each other, as msgpack over one ZMQ socket pair."""
 
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import msgspec
 
 from leanserve.contracts.config import EngineConfig
@@ -14,9 +18,14 @@ __all__ = [
     "FromEngine",
     "Hello",
     "Loading",
+    "Logprobs",
+    "PrefillProgress",
     "Shutdown",
+    "StepReport",
+    "StepTimes",
     "Submit",
     "ToEngine",
+    "TokenLogprobs",
     "TokenOutput",
     "TokenOutputs",
     "decode_from_engine",
@@ -100,6 +109,64 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural log-probabilities of some tokens in a row, column by column, in native byte order.
+
+    They are the model's own: the log-softmax of its logits in float32, before temperature, penalties or masks.
+    """
+
+    num_top: int
+    """Most likely tokens told for each token, k."""
+    chosen: bytes
+    """float32 [tokens]: of the token itself."""
+    ranks: bytes
+    """int32 [tokens]: how many tokens are more likely than it, plus one."""
+    top_token_ids: bytes
+    """int32 [tokens, k], the most likely first, ties by id."""
+    top: bytes
+    """float32 [tokens, k]."""
+
+    def __len__(self) -> int:
+        return len(self.chosen) // 4
+
+    def row(self, index: int) -> "Logprobs":
+        """Those of one token."""
+        one, k = slice(4 * index, 4 * index + 4), 4 * self.num_top
+        several = slice(k * index, k * index + k)
+        return Logprobs(self.num_top, self.chosen[one], self.ranks[one], self.top_token_ids[several], self.top[several])
+
+    @classmethod
+    def join(cls, parts: "Sequence[Logprobs]") -> "Logprobs":
+        """Those of all parts' tokens, in order; each part has the same `num_top`."""
+        return cls(
+            parts[0].num_top,
+            b"".join([part.chosen for part in parts]),
+            b"".join([part.ranks for part in parts]),
+            b"".join([part.top_token_ids for part in parts]),
+            b"".join([part.top for part in parts]),
+        )
+
+    def rows(self) -> "list[TokenLogprobs]":
+        """The same, token by token."""
+        chosen, top = array("f", self.chosen), array("f", self.top)
+        ranks, top_token_ids = array("i", self.ranks), array("i", self.top_token_ids)
+        k = self.num_top
+        return [
+            TokenLogprobs(
+                chosen[i], ranks[i], list(zip(top_token_ids[i * k : i * k + k], top[i * k : i * k + k], strict=True))
+            )
+            for i in range(len(chosen))
+        ]
+
+
+class TokenLogprobs(NamedTuple):
+    """One token's log-probability, its rank (1 is the most likely), and the most likely tokens with theirs."""
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request."""
 
@@ -112,22 +179,85 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """With finish_reason "stop": the token that ended it (also the last of token_ids)."""
     cached_tokens: int = 0
     """In the request's first output that has tokens: how many prompt tokens the prefix cache held."""
+    logprobs: Logprobs | None = None
+    """Of token_ids, for a request that asked for `logprobs`."""
+    prompt_logprobs: Logprobs | None = None
+    """For a request that asked for `prompt_logprobs`: of its prompt tokens from the second on, a part with each step's
+    output, in order. All of them have come before, or with, the first token."""
     page_owners: bytes = b""
-    """In the same output: the rank that holds each page of the prompt, in order, as uint16 in native byte order. Told
-    unasked: it is small beside the prompt that was sent (2 bytes a page, against 4 bytes a token)."""
+    """In the request's first output that has tokens: the rank that holds each page of the prompt, in order, as uint16
+    in native byte order. Told unasked: it is small beside the prompt that was sent (2 bytes a page, 4 a token)."""
+
+
+class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):
+    """How far a request's prompt is, after a step that computed a part of it but not its end."""
+
+    request_id: str
+    cached_tokens: int
+    """Of the prompt, found in the prefix cache when it was first admitted."""
+    processed_tokens: int
+    """In the KV cache now, found or computed."""
+    total_tokens: int
+    """To be there before the next token: the prompt; after a preemption, what was generated as well."""
+
+
+class StepTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Where rank 0's device spent a step, in seconds.
+
+    On a GPU the host does not wait for these: of a step that samples nothing they are told with a later one.
+    """
+
+    forward_s: float = 0.0
+    """Laying out the inputs and the model's layers."""
+    sample_s: float = 0.0
+    """Logits, the choice of tokens and telling it to the ranks."""
+    combine_s: float = 0.0
+    """Of both: in collectives, waiting for other ranks included."""
+
+
+class StepReport(msgspec.Struct, frozen=True, array_like=True):
+    """What one step held and took. Every step is reported once."""
+
+    decode_rows: int
+    """Sequences that lacked one token: running streams, and now and then a prompt's last token."""
+    prefill_tokens: int
+    """Of prompts, and of sequences that are computed again after a preemption."""
+    schedule_s: float
+    """Choosing the step's work and booking its results, on the host."""
+    times: StepTimes
 
 
 class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
-    """One step's outputs, and what the front end needs to know about the engine's load."""
+    """One step's outputs, and what the front end needs to know about the engine's load.
+
+    Gauges are as of now; counters count since the engine started.
+    """
 
     step: int
     outputs: list[TokenOutput]
     running: int
     waiting: int
+    """Requests in the queue, those sent back to it by a preemption included."""
     pages_used_per_rank: tuple[int, ...]
-    """Pages referenced by live sequences."""
+    """Pages referenced by live sequences; `EngineInfo.pages_per_rank` is how many there are."""
     preemptions: int
     """Since start."""
+    prefills: tuple[PrefillProgress, ...] = ()
+    """Requests in the middle of their prompts that this step has brought forward."""
+    pages_cached_per_rank: tuple[int, ...] = ()
+    """Pages that no sequence references and the prefix cache keeps; they are free for whoever needs room."""
+    prefix_queried_tokens: int = 0
+    """Since start: prompt tokens of admitted requests that were looked up in the prefix cache."""
+    prefix_hit_tokens: int = 0
+    """Since start: how many of them it held."""
+    step_report: StepReport | None = None
+    """None in a message between two steps."""
+
+    @property
+    def page_imbalance(self) -> float:
+        """Pages of the rank that reads most over the mean of all ranks: 1 is even, and N all on one of N ranks."""
+        used = self.pages_used_per_rank
+        return max(used) * len(used) / sum(used) if any(used) else 1.0
 
 
 ToEngine = Configure | Submit | Abort | Shutdown

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 from uuid import uuid4
@@ -30,6 +30,7 @@ from leanserve.contracts.messages import (
     FromEngine,
     Hello,
     Loading,
+    PrefillProgress,
     Shutdown,
     Submit,
     ToEngine,
@@ -38,8 +39,9 @@ from leanserve.contracts.messages import (
     decode_from_engine,
     encode,
 )
-from leanserve.contracts.sampling import SamplingParams
+from leanserve.contracts.sampling import FinishReason, SamplingParams
 from leanserve.server.output_stream import OutputStream
+from leanserve.server.statistics import RequestStatistics, RequestTimes
 
 __all__ = ["EngineClient", "EngineLoad", "EngineState", "LiveRequest", "token_bytes"]
 
@@ -68,6 +70,9 @@ class EngineLoad:
     waiting: int = 0
     pages_used_per_rank: tuple[int, ...] = ()
     preemptions: int = 0
+    pages_cached_per_rank: tuple[int, ...] = ()
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -80,6 +85,7 @@ class LiveRequest:
     stream: OutputStream
     output_token_ids: "array[int]"
     """Every token received so far."""
+    times: RequestTimes
 
 
 class EngineClient:
@@ -102,6 +108,7 @@ class EngineClient:
         self.failure: str | None = None
         """Why the engine failed, while it has."""
         self.load = EngineLoad()
+        self.statistics = RequestStatistics()
         self._max_queued_tokens = max_queued_tokens
         self._live: dict[str, LiveRequest] = {}
         self._heard_at = time.monotonic()
@@ -155,33 +162,49 @@ class EngineClient:
         return self.failure or "the engine failed"
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str | None = None,
+        on_progress: Callable[[PrefillProgress], None] | None = None,
     ) -> AsyncIterator[TokenOutput]:
         """Outputs of one request until its finish_reason is set. Close the generator (`aclose`) to stop it early.
 
-        Stop strings are not looked for here: see `TextStream`.
+        Stop strings are not looked for here: see `TextStream`. `on_progress` is called after each step that computed a
+        part of the prompt, but not its end.
 
         Raises:
             OverloadedError: the engine is still loading.
             EngineError: the engine failed, before or during the request.
         """
         stream = self.open_stream()
+        stream.wakes_on_progress = on_progress is not None
+        request_id = request_id or uuid4().hex
         try:
-            stream.submit(request_id or uuid4().hex, token_bytes(prompt_token_ids), sampling)
+            stream.submit(request_id, token_bytes(prompt_token_ids), sampling)
             while not stream.finished:
                 output = await stream.next()
                 if output is not None:
                     yield output
+                elif on_progress is not None:
+                    on_progress(stream.progress[request_id])
         finally:
             stream.abort()
 
-    def open_stream(self) -> OutputStream:
-        return OutputStream(self._submit, self._abort, self._max_queued_tokens)
+    def open_stream(self, *, arrived_at: float | None = None) -> OutputStream:
+        """`arrived_at` is when the requests that will be submitted came in, by `time.perf_counter`; None: now."""
+        return OutputStream(self._submit, self._abort, self._max_queued_tokens, arrived_at)
 
     @property
     def live_requests(self) -> int:
         """Requests submitted and not yet ended."""
         return len(self._live)
+
+    @property
+    def live_prompt_tokens(self) -> int:
+        """Tokens in their prompts."""
+        return sum(request.times.prompt_tokens for request in self._live.values())
 
     @property
     def silent_s(self) -> float:
@@ -221,14 +244,19 @@ class EngineClient:
             raise EngineError("the engine is not connected")
         if not self._live:
             self._heard_at = time.monotonic()
-        self._live[request_id] = LiveRequest(request_id, prompt_token_ids, sampling, stream, array("i"))
+        times = self.statistics.submitted(stream.arrived_at, len(prompt_token_ids) // 4)
+        self._live[request_id] = LiveRequest(request_id, prompt_token_ids, sampling, stream, array("i"), times)
 
-    def _abort(self, request_id: str) -> None:
-        if self._live.pop(request_id, None) is not None:
+    def _abort(self, request_id: str, reason: FinishReason) -> None:
+        request = self._live.pop(request_id, None)
+        if request is not None:
+            self.statistics.ended(request.times, reason)
             self._send(Abort(request_id))
 
     def _end(self, requests: list[LiveRequest], message: str) -> None:
         ended = [request for request in requests if self._live.pop(request.request_id, None) is not None]
+        for request in ended:
+            self.statistics.ended(request.times, "error")
         for stream in {request.stream for request in ended}:
             stream.fail(EngineError(f"the engine stopped: {_first_line(message)}"))
 
@@ -270,15 +298,32 @@ class EngineClient:
 
     def _deliver(self, message: TokenOutputs) -> None:
         self.load = EngineLoad(
-            message.step, message.running, message.waiting, message.pages_used_per_rank, message.preemptions
+            message.step,
+            message.running,
+            message.waiting,
+            message.pages_used_per_rank,
+            message.preemptions,
+            message.pages_cached_per_rank,
+            message.prefix_queried_tokens,
+            message.prefix_hit_tokens,
         )
+        if message.step_report is not None:
+            self.statistics.reported(message.step_report)
+        now = self.statistics.step()
+        for progress in message.prefills:
+            if (request := self._live.get(progress.request_id)) is not None:
+                self.statistics.scheduled(request.times)
+                request.stream.put_progress(progress)
         for output in message.outputs:
             request = self._live.get(output.request_id)
             if request is None:  # aborted while this was on its way
                 continue
             request.output_token_ids.extend(output.token_ids)
+            if output.token_ids:
+                self.statistics.delivered(request.times, len(output.token_ids), output.cached_tokens, now)
             if output.finish_reason is not None:
                 del self._live[output.request_id]
+                self.statistics.ended(request.times, output.finish_reason)
             request.stream.put(output)
 
     async def _watch_connection(self, monitor: zmq.asyncio.Socket) -> None:

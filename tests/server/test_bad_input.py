@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from leanserve.contracts.errors import RequestError
-from leanserve.server.protocol import CompletionRequest
+from leanserve.server.completion_request import CompletionRequest
 from leanserve.server.tokenizer import Tokenizer
 from server.echo_engine import engine_info
 from server.front_end import Live, live_server, run
@@ -60,6 +60,7 @@ BAD_BODIES: dict[str, tuple[bytes, str | None]] = {
     "400,000 wrong ids": (b'{"prompt": [5' + b',"x"' * 400_000 + b"]}", "prompt"),
     "too long": (b'{"prompt": [5], "max_tokens": 1000000}', "prompt"),
     "max_tokens 0": (b'{"prompt": [5], "max_tokens": 0}', "max_tokens"),
+    "max_tokens 0 without echo": (b'{"prompt": [5], "max_tokens": 0, "logprobs": 1}', "max_tokens"),
     "max_tokens negative": (b'{"prompt": [5], "max_tokens": -1}', "max_tokens"),
     "max_tokens a string": (b'{"prompt": [5], "max_tokens": "3"}', "max_tokens"),
     "max_tokens true": (b'{"prompt": [5], "max_tokens": true}', "max_tokens"),
@@ -88,9 +89,12 @@ BAD_BODIES: dict[str, tuple[bytes, str | None]] = {
         b"{" + OK + b', "stop_token_ids": ' + json.dumps([5] * 1025).encode() + b"}",
         "stop_token_ids",
     ),
-    "n 2": (b"{" + OK + b', "n": 2}', "n"),
+    "n 0": (b"{" + OK + b', "n": 0}', "n"),
+    "n 129": (b"{" + OK + b', "n": 129}', "n"),
     "n a billion": (b"{" + OK + b', "n": 1000000000}', "n"),
+    "n times prompts": (b'{"prompt": [[5], [6], [7]], "n": 50}', "n"),
     "best_of 2": (b"{" + OK + b', "best_of": 2}', "best_of"),
+    "best_of other than n": (b"{" + OK + b', "n": 3, "best_of": 2}', "best_of"),
     "stream a string": (b"{" + OK + b', "stream": "true"}', "stream"),
     "stream_options without stream": (b"{" + OK + b', "stream_options": {}}', "stream_options"),
     "stream_options a list": (b"{" + OK + b', "stream": true, "stream_options": []}', "stream_options"),
@@ -101,17 +105,60 @@ BAD_BODIES: dict[str, tuple[bytes, str | None]] = {
     "ignore_eos a number": (b"{" + OK + b', "ignore_eos": 1}', "ignore_eos"),
     "model a number": (b"{" + OK + b', "model": 3}', "model"),
     "user an object": (b"{" + OK + b', "user": {}}', "user"),
-    "echo": (b"{" + OK + b', "echo": true}', "echo"),
+    "echo a number": (b"{" + OK + b', "echo": 1}', "echo"),
     "suffix": (b"{" + OK + b', "suffix": "end"}', "suffix"),
-    "logprobs": (b"{" + OK + b', "logprobs": 0}', "logprobs"),
-    "logit_bias": (b"{" + OK + b', "logit_bias": {"5": 1}}', "logit_bias"),
-    "presence_penalty": (b"{" + OK + b', "presence_penalty": 0.5}', "presence_penalty"),
+    "logprobs 21": (b"{" + OK + b', "logprobs": 21}', "logprobs"),
+    "logprobs negative": (b"{" + OK + b', "logprobs": -1}', "logprobs"),
+    "logprobs true": (b"{" + OK + b', "logprobs": true}', "logprobs"),
+    "top_logprobs": (b"{" + OK + b', "top_logprobs": 3}', "top_logprobs"),
+    "prompt_logprobs": (b"{" + OK + b', "prompt_logprobs": 3}', "prompt_logprobs"),
+    "too many logprobs": (b'{"prompt": [' + b"5," * 200_000 + b'5], "echo": true, "logprobs": 20}', "logprobs"),
+    "logit_bias a list": (b"{" + OK + b', "logit_bias": [5]}', "logit_bias"),
+    "logit_bias by text": (b"{" + OK + b', "logit_bias": {"the": 1}}', "logit_bias"),
+    "logit_bias too strong": (b"{" + OK + b', "logit_bias": {"5": 101}}', "logit_bias"),
+    "logit_bias true": (b"{" + OK + b', "logit_bias": {"5": true}}', "logit_bias"),
+    "logit_bias strange": (b"{" + OK + b', "logit_bias": {"512": 1}}', "logit_bias"),
+    "logit_bias huge": (b"{" + OK + b', "logit_bias": {"9999999999999": 1}}', "logit_bias"),
+    "logit_bias too many": (
+        b"{" + OK + b', "logit_bias": ' + json.dumps(dict.fromkeys(range(400_000), "x")).encode() + b"}",
+        "logit_bias",
+    ),
+    "allowed_token_ids none": (b"{" + OK + b', "allowed_token_ids": []}', "allowed_token_ids"),
+    "allowed_token_ids strange": (b"{" + OK + b', "allowed_token_ids": [512]}', "allowed_token_ids"),
+    "presence_penalty 3": (b"{" + OK + b', "presence_penalty": 3}', "presence_penalty"),
     "presence_penalty false": (b"{" + OK + b', "presence_penalty": false}', "presence_penalty"),
-    "frequency_penalty": (b"{" + OK + b', "frequency_penalty": -2}', "frequency_penalty"),
-    "repetition_penalty": (b"{" + OK + b', "repetition_penalty": 1.2}', "repetition_penalty"),
-    "min_tokens": (b"{" + OK + b', "min_tokens": 4}', "min_tokens"),
-    "truncate_prompt_tokens": (b"{" + OK + b', "truncate_prompt_tokens": 4}', "truncate_prompt_tokens"),
-    "response_format": (b"{" + OK + b', "response_format": {"type": "json_object"}}', "response_format"),
+    "frequency_penalty -3": (b"{" + OK + b', "frequency_penalty": -3}', "frequency_penalty"),
+    "repetition_penalty 0": (b"{" + OK + b', "repetition_penalty": 0}', "repetition_penalty"),
+    "min_tokens beyond max_tokens": (b"{" + OK + b', "min_tokens": 4}', "min_tokens"),
+    "min_tokens negative": (b"{" + OK + b', "min_tokens": -1}', "min_tokens"),
+    "truncate_prompt_tokens 0": (b"{" + OK + b', "truncate_prompt_tokens": 0}', "truncate_prompt_tokens"),
+    "truncate_prompt_tokens -1": (b"{" + OK + b', "truncate_prompt_tokens": -1}', "truncate_prompt_tokens"),
+    "response_format a text": (b"{" + OK + b', "response_format": "json_object"}', "response_format"),
+    "response_format unheard of": (b"{" + OK + b', "response_format": {"type": "xml"}}', "response_format"),
+    "response_format without a schema": (
+        b"{" + OK + b', "response_format": {"type": "json_schema"}}',
+        "response_format",
+    ),
+    "structured_outputs of nothing": (b"{" + OK + b', "structured_outputs": {}}', "structured_outputs"),
+    "structured_outputs twice": (
+        b"{" + OK + b', "structured_outputs": {"regex": "a", "json_object": true}}',
+        "structured_outputs",
+    ),
+    "structured_outputs beside a format": (
+        b"{" + OK + b', "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}',
+        "structured_outputs",
+    ),
+    "a schema that is none": (
+        b"{" + OK + b', "structured_outputs": {"json": {"type": "strange"}}}',
+        "structured_outputs",
+    ),
+    "a regex that is none": (b"{" + OK + b', "structured_outputs": {"regex": "("}}', "structured_outputs"),
+    "a grammar that is none": (b"{" + OK + b', "structured_outputs": {"grammar": "start: x"}}', "structured_outputs"),
+    "a schema too long": (
+        b"{" + OK + b', "structured_outputs": {"choice": ["' + b"x" * 200_000 + b'"]}}',
+        "structured_outputs",
+    ),
+    "guided_json": (b"{" + OK + b', "guided_json": {}}', "guided_json"),
     "tools": (b"{" + OK + b', "tools": [{}]}', "tools"),
 }
 
@@ -185,7 +232,7 @@ def test_errors_do_not_repeat_the_input() -> None:
         b'{"prompt": {"deep": "secret"}}',
         b'{"prompt": ["secret", 3]}',
         b'{"prompt": "secret", "max_tokens": "secret"}',
-        b'{"prompt": "secret", "logprobs": "secret"}',
+        b'{"prompt": "secret", "suffix": "secret"}',
         b'{"prompt": "secret" "secret"}',
     ):
         with pytest.raises(RequestError) as caught:
@@ -209,7 +256,7 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-KNOWN = [*CompletionRequest.model_fields, "logprobs", "echo", "suffix", "tools", "response_format", "logit_bias"]
+KNOWN = [*CompletionRequest.model_fields, "suffix", "tools", "prompt_logprobs"]
 
 
 def test_fuzzed_types_never_break_the_server() -> None:
