@@ -9,6 +9,7 @@ gives the whole answering sentence: no token of it may be wrong. `leanserve.bund
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -135,23 +136,28 @@ def broken_words(text: str) -> set[str]:
     return {word for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in corpus_words()}
 
 
-def draw(table: dict[str, list[float]], path: Path) -> None:
-    """A chart of accuracy over length (rows of `table`) and depth."""
+def draw(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """A chart of accuracy over length (rows) and depth for each kind of document."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
-    image = axes.imshow(list(table.values()), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_yticks(range(len(table)), [f"{int(tokens):,}" for tokens in table])
-    axes.set_xticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS])
-    axes.set(xlabel="depth of the fact", ylabel="tokens", title="Share of right answers, held-out documents")
-    for row, shares in enumerate(table.values()):
-        for column, share in enumerate(shares):
-            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7)
-    figure.colorbar(image)
-    figure.savefig(path, dpi=110)
+    lengths = [str(tokens) for tokens in LENGTHS_TOKENS]
+    figure, panels = pyplot.subplots(1, len(tables), figsize=(13, 3.4), sharey=True, layout="constrained")
+    for axes, (name, table) in zip(panels, tables.items(), strict=True):
+        shares = [table.get(tokens, [math.nan] * len(DEPTHS)) for tokens in lengths]
+        image = axes.imshow(shares, vmin=0.5, vmax=1, cmap="RdYlGn", aspect="auto", alpha=0.7)
+        axes.set_xticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS], fontsize=8)
+        axes.set(xlabel="depth of the fact", title=name.replace("_", " "))
+        for row, column in itertools.product(range(len(lengths)), range(len(DEPTHS))):
+            if not math.isnan(shares[row][column]):
+                axes.text(column, row, f"{shares[row][column]:.0%}", ha="center", va="center", fontsize=7)
+    panels[0].set_yticks(range(len(lengths)), [f"{tokens:,}" for tokens in LENGTHS_TOKENS])
+    panels[0].set_ylabel("tokens")
+    figure.suptitle("Share of right answers, held-out documents")
+    figure.colorbar(image, ax=panels)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
@@ -185,7 +191,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     (arguments.directory / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(tables["plain"], arguments.directory / "accuracy.png")
+    draw(tables, arguments.directory / "accuracy.png")
     print(json.dumps(result["accuracy"], indent=2))
 
 
