@@ -85,7 +85,8 @@ def _server(options: DemoOptions, progress: Console) -> Iterator[str]:
     host = parts.hostname or ""
     if parts.scheme != "http" or not _is_loopback(host):
         raise ConfigError(f"no server answers at {options.url}; start one there, or leave --url out to have one here")
-    progress.print(f"No server answers at {options.url}: starting one with {options.ranks} ranks.")
+    plural = "" if options.ranks == 1 else "s"
+    progress.print(f"No server answers at {options.url}: starting one with {options.ranks} rank{plural}.")
     with own_server(LaunchOptions(ranks=options.ranks), progress, host=host, port=parts.port or 80) as url:
         yield url
 

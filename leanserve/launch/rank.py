@@ -97,7 +97,13 @@ def _run_rank_0(place: Place, store: dist.Store, context: zmq.Context, run_dir: 
         when_gone(configure.front_end_pid, _die)
         orders = Orders(configure.config, str(run_dir), configure.front_end_pid)
         store.set("leanserve/orders", msgspec.json.encode(orders).decode())
-        loaded = load_rank(place, store, configure.config, lambda done, total: tell(Loading("weights", done, total)))
+        loaded = load_rank(
+            place,
+            store,
+            configure.config,
+            lambda done, total: tell(Loading("weights", done, total)),
+            lambda done, total: tell(Loading("CUDA graphs", done, total)),
+        )
     except LeanServeError as error:
         tell(EngineFailed(str(error)))
         socket.close()
