@@ -145,9 +145,10 @@ def draw(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
 
     lengths = [str(tokens) for tokens in LENGTHS_TOKENS]
     figure, panels = pyplot.subplots(1, len(tables), figsize=(13, 3.4), sharey=True, layout="constrained")
+    images = []
     for axes, (name, table) in zip(panels, tables.items(), strict=True):
         shares = [table.get(tokens, [math.nan] * len(DEPTHS)) for tokens in lengths]
-        image = axes.imshow(shares, vmin=0.5, vmax=1, cmap="RdYlGn", aspect="auto", alpha=0.7)
+        images.append(axes.imshow(shares, vmin=0.5, vmax=1, cmap="RdYlGn", aspect="auto", alpha=0.7))
         axes.set_xticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS], fontsize=8)
         axes.set(xlabel="depth of the fact", title=name.replace("_", " "))
         for row, column in itertools.product(range(len(lengths)), range(len(DEPTHS))):
@@ -156,7 +157,7 @@ def draw(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
     panels[0].set_yticks(range(len(lengths)), [f"{tokens:,}" for tokens in LENGTHS_TOKENS])
     panels[0].set_ylabel("tokens")
     figure.suptitle("Share of right answers, held-out documents")
-    figure.colorbar(image, ax=panels)
+    figure.colorbar(images[0], ax=panels)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
