@@ -1,4 +1,4 @@
-"""The command line: serve | generate | loadtest | plan | bench."""
+"""The command line: serve | generate | demo | loadtest | plan | bench."""
 
 import os
 import sys
@@ -339,6 +339,25 @@ def generate(
         kv_memory=None if kv_memory == "auto" else kv_memory,
     ) as llm:
         print_completion(llm, prompt, sampling)
+
+
+@app.command()
+def demo(
+    url: Annotated[
+        str, typer.Option(help="A running server. Where none answers, one is started for the time of the demo.")
+    ] = "http://127.0.0.1:8000",
+    tokens: Annotated[int, typer.Option(help="Length of the log and the question together.")] = 16_384,
+    depth: Annotated[float, typer.Option(help="Where the fact stands: 0 is the beginning, 1 the end.")] = 0.35,
+    seed: Annotated[int, typer.Option(help="Another seed is another log.")] = 7,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of a server that is started.")] = 2,
+) -> None:
+    """Ask for one fact in a long log, and show which rank held it.
+
+    Exit code 0: the answer was right; 1: it was wrong, or something failed.
+    """
+    from leanserve.bundled.demo import DemoOptions, run_demo
+
+    sys.exit(0 if run_demo(DemoOptions(url=url, tokens=tokens, depth=depth, seed=seed, ranks=ranks)) else 1)
 
 
 @app.command()

@@ -24,6 +24,8 @@ __all__ = ["Batch", "Batches", "Level"]
 FILLER, FACT, REPLY, ANSWER = range(4)
 """What a token belongs to; an answer's value is part of a reply."""
 FARTHEST_TOKENS = 40_000
+QUESTION_TOKENS = 22
+"""About what a question and its answer take."""
 NEAR_TOKENS = 64
 """Keys this close to a query are never diluted: a long document does not repeat them."""
 
@@ -40,11 +42,15 @@ class Level:
     questions: float
     """Share of the tokens that questions and answers take."""
     updates: float = 0.1
-    """Share of updates among sentences that are not filler. Distractors take 0.3."""
+    """Share of updates among sentences that are not filler."""
+    distractors: float = 0.3
+    """Share of distractors among sentences that are not filler."""
     dilution: float = 1.0
     """Filler counts up to this many times."""
     jumps: int = 0
     """At most this many jumps in position."""
+    once: bool = False
+    """No fact is asked twice, as the second answer can be copied from the first; the body is longer instead."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,10 @@ class Batches:
             add(".<|end|>", REPLY)
         return ids[: level.tokens], kinds[: level.tokens]
 
+    def _room_for_questions(self, level: Level, facts: int) -> float:
+        room = level.tokens * level.questions
+        return min(room, facts * QUESTION_TOKENS) if level.once else room
+
     def _body(
         self, level: Level, rng: random.Random, add: Callable[[str, int], None], written: Callable[[], int]
     ) -> list[Fact]:
@@ -130,9 +140,8 @@ class Batches:
         share = rng.uniform(*level.filler)
         facts: list[Fact] = []
         add(writer.header(), FILLER)
-        end = level.tokens * (1 - level.questions)
         sentences = 0
-        while not facts or written() < end:
+        while not facts or written() < level.tokens - self._room_for_questions(level, len(facts)):
             if sentences % 6 == 0:
                 add(f"\n{writer.opener()}", FILLER)
             sentences += 1
@@ -146,7 +155,8 @@ class Batches:
                     continue
                 fact = facts[i] = writer.update(facts[i])
             else:
-                fact = writer.distractor(rng.choice(facts)) if facts and chance < level.updates + 0.3 else writer.fact()
+                resembling = facts and chance < level.updates + level.distractors
+                fact = writer.distractor(rng.choice(facts)) if resembling else writer.fact()
                 facts.append(fact)
             add(f" {writer.state(fact)}", FACT)
         return facts

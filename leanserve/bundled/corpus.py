@@ -34,6 +34,8 @@ class Haystack:
     """Where each fact stands, as asked for."""
     starts: tuple[int, ...]
     """Index of the first token of the sentence that tells each fact; the tokenizer's leading token counts."""
+    ends: tuple[int, ...]
+    """Index behind the last token of that sentence."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class NeedlePrompt:
     """A completion is right when it contains this."""
     fact_token: int
     """Index of the first token of the sentence that holds the answer; the tokenizer's leading token counts."""
+    fact_end: int
+    """Index behind the last token of that sentence."""
 
 
 def make_prompt(
@@ -66,7 +70,7 @@ def make_prompt(
 
     haystack = make_haystack(tokens, (depth,), f"needle/{seed}", distractors=distractors, updated=updated, ending=ask)
     (fact,) = haystack.facts
-    return NeedlePrompt(haystack.text, fact.question, fact.value, haystack.starts[0])
+    return NeedlePrompt(haystack.text, fact.question, fact.value, haystack.starts[0], haystack.ends[0])
 
 
 def make_haystack(
@@ -110,18 +114,20 @@ def make_haystack(
         raise ValueError(
             f"tokens is {tokens}; the ending and {len(told)} facts need at least {tokens - room + LANDING_TOKENS}"
         )
-    text, filled, starts = [head], 0, {}
+    text, filled = [head], 0
+    places: dict[Fact, tuple[int, int]] = {}
     filler = deque(_filler_of(room, writer, count))
     for (depth, fact), sentence in zip(told, sentences, strict=True):
         while filler and filled + filler[0][1] / 2 < depth * room:
             piece, size = filler.popleft()
             text.append(piece)
             filled, at = filled + size, at + size
-        starts[fact] = at
         text.append(sentence)
-        at += count(sentence)
+        places[fact] = at, at + count(sentence)
+        _, at = places[fact]
     text += [piece for piece, _ in filler]
-    return Haystack("".join([*text, tail]), facts, tuple(depths), tuple(starts[fact] for fact in facts))
+    starts, ends = zip(*(places[fact] for fact in facts), strict=True) if facts else ((), ())
+    return Haystack("".join([*text, tail]), facts, tuple(depths), starts, ends)
 
 
 @cache

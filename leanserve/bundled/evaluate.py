@@ -5,10 +5,11 @@
 writes evaluation.json and accuracy.png beside the checkpoint. The model card quotes these and nothing else.
 
 A document holds ten facts at ten depths; each is asked alone, after the document. An answer counts when greedy decoding
-gives the whole answering sentence: no token of it may be wrong.
+gives the whole answering sentence: no token of it may be wrong. `leanserve.bundled.needles` asks the same of a server.
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -23,12 +24,11 @@ from torch import Tensor
 
 from leanserve.bundled.corpus import Haystack, make_haystack
 from leanserve.bundled.grammar import STYLES, Writer, corpus_words
+from leanserve.bundled.held_out import DEPTHS, KINDS, LENGTHS_TOKENS, Kind, held_out, question_and_answer
 from leanserve.bundled.network import KVCache, Network, load
 
-__all__ = ["DEPTHS", "Asked", "Prompted", "accuracy_by_depth", "ask", "broken_words", "held_out_perplexity", "sample"]
+__all__ = ["Asked", "Prompted", "accuracy_by_depth", "ask", "broken_words", "held_out_perplexity", "sample"]
 
-DEPTHS = tuple((i + 0.5) / 10 for i in range(10))
-LENGTHS_TOKENS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 END = 1
 
 
@@ -88,26 +88,19 @@ def ask(network: Network, tokenizer: Tokenizer, haystack: Haystack) -> list[Aske
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    return [
-        Asked(
-            depth,
-            fact.relation,
-            prompted.continues_with(
-                encode(f"\nQuestion: {fact.question}\nAnswer:"), encode(f" {fact.answer_clause} {fact.value}.<|end|>")
-            ),
-        )
-        for depth, fact in zip(haystack.depths, haystack.facts, strict=True)
-    ]
+    asked: list[Asked] = []
+    for depth, fact in zip(haystack.depths, haystack.facts, strict=True):
+        question, answer = question_and_answer(fact)
+        right = prompted.continues_with(encode(question), encode(f"{answer}<|end|>"))
+        asked.append(Asked(depth, fact.relation, right))
+    return asked
 
 
-def accuracy_by_depth(
-    network: Network, tokenizer: Tokenizer, tokens: int, documents: int, *, hard: bool = False, seed: str = "held out"
-) -> list[float]:
-    """Share of right answers at each of `DEPTHS`. hard: two distractors per fact, and every fact overruled once."""
+def accuracy_by_depth(network: Network, tokenizer: Tokenizer, tokens: int, documents: int, kind: Kind) -> list[float]:
+    """Share of right answers at each of `DEPTHS`."""
     right = [0] * len(DEPTHS)
     for i in range(documents):
-        haystack = make_haystack(tokens, DEPTHS, f"{seed}/{tokens}/{i}", distractors=20 if hard else 0, updated=hard)
-        for j, asked in enumerate(ask(network, tokenizer, haystack)):
+        for j, asked in enumerate(ask(network, tokenizer, held_out(tokens, i, kind))):
             right[j] += asked.right
     return [count / documents for count in right]
 
@@ -118,7 +111,7 @@ def held_out_perplexity(network: Network, tokenizer: Tokenizer, documents: int =
     device = network.model.embed_tokens.weight.device
     losses = []
     for i in range(documents):
-        text = make_haystack(tokens, DEPTHS, f"perplexity/{i}", distractors=0).text
+        text = make_haystack(tokens, DEPTHS, f"perplexity/{i}").text
         ids = torch.tensor([tokenizer.encode(text).ids], device=device)
         hidden, _ = network(ids, torch.arange(ids.shape[1], device=device)[None])
         losses.append(torch.nn.functional.cross_entropy(network.logits(hidden[0, :-1]), ids[0, 1:]))
@@ -143,23 +136,29 @@ def broken_words(text: str) -> set[str]:
     return {word for word in re.findall(r"[^\W\d_]+", text.lower()) if word not in corpus_words()}
 
 
-def draw(table: dict[str, list[float]], path: Path) -> None:
-    """A chart of accuracy over length (rows of `table`) and depth."""
+def draw(tables: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """A chart of accuracy over length (rows) and depth for each kind of document."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
-    image = axes.imshow(list(table.values()), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_yticks(range(len(table)), [f"{int(tokens):,}" for tokens in table])
-    axes.set_xticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS])
-    axes.set(xlabel="depth of the fact", ylabel="tokens", title="Share of right answers, held-out documents")
-    for row, shares in enumerate(table.values()):
-        for column, share in enumerate(shares):
-            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7)
-    figure.colorbar(image)
-    figure.savefig(path, dpi=110)
+    lengths = [str(tokens) for tokens in LENGTHS_TOKENS]
+    figure, panels = pyplot.subplots(1, len(tables), figsize=(13, 3.4), sharey=True, layout="constrained")
+    images = []
+    for axes, (name, table) in zip(panels, tables.items(), strict=True):
+        shares = [table.get(tokens, [math.nan] * len(DEPTHS)) for tokens in lengths]
+        images.append(axes.imshow(shares, vmin=0.5, vmax=1, cmap="RdYlGn", aspect="auto", alpha=0.7))
+        axes.set_xticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS], fontsize=8)
+        axes.set(xlabel="depth of the fact", title=name.replace("_", " "))
+        for row, column in itertools.product(range(len(lengths)), range(len(DEPTHS))):
+            if not math.isnan(shares[row][column]):
+                axes.text(column, row, f"{shares[row][column]:.0%}", ha="center", va="center", fontsize=7)
+    panels[0].set_yticks(range(len(lengths)), [f"{tokens:,}" for tokens in LENGTHS_TOKENS])
+    panels[0].set_ylabel("tokens")
+    figure.suptitle("Share of right answers, held-out documents")
+    figure.colorbar(images[0], ax=panels)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
@@ -170,13 +169,12 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(arguments.directory / "tokenizer.json"))
     network = load(arguments.directory).to("cuda" if torch.cuda.is_available() else "cpu")
-    tables: dict[str, dict[str, list[float]]] = {"plain": {}, "distractors_and_updates": {}}
+    tables: dict[str, dict[str, list[float]]] = {name: {} for name in KINDS}
     for tokens in track(LENGTHS_TOKENS, description="asking"):
-        for name, table in tables.items():
-            hard = name != "plain"
-            # Forty facts do not fit into 512 tokens; 32k tokens twice take too long on a CPU.
-            if not (hard and not 1024 <= tokens <= 16_384):
-                table[str(tokens)] = accuracy_by_depth(network, tokenizer, tokens, arguments.documents, hard=hard)
+        for name, kind in KINDS.items():
+            if tokens in kind.lengths_tokens:
+                row = accuracy_by_depth(network, tokenizer, tokens, arguments.documents, kind)
+                tables[name][str(tokens)] = row
     samples = sample(network, tokenizer, 100)
     result = {
         "documents_per_length": arguments.documents,
@@ -194,7 +192,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     (arguments.directory / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(tables["plain"], arguments.directory / "accuracy.png")
+    draw(tables, arguments.directory / "accuracy.png")
     print(json.dumps(result["accuracy"], indent=2))
 
 

@@ -72,6 +72,13 @@ STAGES = (
         ),
         sharpen=1.5,
     ),
+    Stage(
+        "near",
+        60,
+        1e-3,
+        (Level(1024, 4, (0.3, 0.92), 0.4, updates=0.15, distractors=0.6, dilution=96, jumps=4, once=True),),
+        sharpen=1.25,
+    ),
 )
 PROMOTION = 0.92
 """Share of right answer tokens, averaged over recent steps, at which a level is left."""

@@ -127,6 +127,9 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: Logprobs | None = None
     """For a request that asked for `prompt_logprobs`: of its prompt tokens from the second on, a part with each step's
     output, in order. All of them have come before, or with, the first token."""
+    page_owners: bytes = b""
+    """In the request's first output that has tokens: the rank that holds each page of the prompt, in order, as uint16
+    in native byte order. Told unasked: it is small beside the prompt that was sent (2 bytes a page, 4 a token)."""
 
 
 class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):

@@ -142,13 +142,21 @@ class Engine:
             if sequence.id in result.complete:
                 reason = "stop"
             logprobs = result.logprobs.get(place)
+            is_first = len(sequence.output_token_ids) == 1
+            page_owners = self._scheduler.prompt_page_owners(sequence) if is_first else b""
             if reason is None:
                 cached_tokens = _cached_tokens_to_tell(sequence)
                 outputs.append(
-                    TokenOutput(sequence.request_id, [token_id], cached_tokens=cached_tokens, logprobs=logprobs)
+                    TokenOutput(
+                        sequence.request_id,
+                        [token_id],
+                        cached_tokens=cached_tokens,
+                        logprobs=logprobs,
+                        page_owners=page_owners,
+                    )
                 )
             else:
-                outputs.append(self._end(sequence, reason, None, token_id, logprobs))
+                outputs.append(self._end(sequence, reason, None, token_id, logprobs, page_owners))
         self._prefills = tuple(_progress(sequence) for sequence in self._scheduler.prefilling(batch))
         return outputs
 
@@ -171,6 +179,7 @@ class Engine:
         error: str | None = None,
         token_id: int | None = None,
         logprobs: Logprobs | None = None,
+        page_owners: bytes = b"",
     ) -> TokenOutput:
         del self._live[sequence.request_id]
         self._scheduler.remove(sequence)
@@ -182,6 +191,7 @@ class Engine:
             stop_token_id=token_id if token_id in sequence.end_token_ids else None,
             cached_tokens=0 if token_id is None else _cached_tokens_to_tell(sequence),
             logprobs=logprobs,
+            page_owners=page_owners,
         )
 
 

@@ -1,5 +1,7 @@
 """Which rank, and which page there, holds the next tokens of a sequence. Knows pages and their names; no tokens."""
 
+from array import array
+
 from leanserve.contracts.kv_sharding import KvSharding, PageCopy, PageGrant
 from leanserve.engine.page_pool import PagePool, PageRun
 from leanserve.engine.prefix_cache import PrefixCache
@@ -127,6 +129,11 @@ class PageAllocator:
             grants.append(PageGrant(pages.sequence_id, ordinal, rank, page))
         self.num_free -= count
         return grants
+
+    def owners(self, pages: SequencePages, count: int) -> bytes:
+        """The ranks of a sequence's first `count` pages, as uint16 in native byte order."""
+        num_ranks = len(self._pools)
+        return array("H", [number % num_ranks for number in pages.numbers[:count]]).tobytes()
 
     def publish(self, pages: SequencePages, ordinal: int, name: bytes) -> None:
         """A sequence's page is full and computed: others that begin alike may share it from now on."""

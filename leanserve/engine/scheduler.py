@@ -137,6 +137,10 @@ class Scheduler:
                 sampled.append((sequence, next(token_ids)))
         return sampled
 
+    def prompt_page_owners(self, sequence: Sequence) -> bytes:
+        """The ranks that hold the prompt of a running sequence, page by page, as uint16 in native byte order."""
+        return self._allocator.owners(sequence.pages, self.sharding.pages_for(sequence.num_prompt_tokens))
+
     def prefilling(self, batch: Batch) -> list[Sequence]:
         """The sequences that a completed batch left in the middle of their prompts."""
         return [self._running[row.sequence_id] for row in batch.rows if not row.samples]

@@ -44,6 +44,8 @@ class Choice:
         self.num_tokens = 0
         self.cached_tokens = 0
         """Prompt tokens that the engine's prefix cache held."""
+        self.page_owners = b""
+        """`TokenOutput.page_owners`, known when the first piece comes."""
         self.prompt_logprobs: list[Logprobs] = []
         """Of the prompt's tokens from the second on, in order; complete when the first piece comes."""
         self.finish_reason: str | None = None
@@ -52,6 +54,7 @@ class Choice:
     def pieces(self, output: TokenOutput) -> Iterator[Piece]:
         """One piece a token; the last one carries the finish_reason. What follows a stop string is dropped."""
         self.cached_tokens += output.cached_tokens
+        self.page_owners = self.page_owners or output.page_owners
         if output.prompt_logprobs is not None:
             self.prompt_logprobs.append(output.prompt_logprobs)
         last = len(output.token_ids) - 1

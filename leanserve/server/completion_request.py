@@ -30,6 +30,8 @@ class CompletionRequest(GenerationRequest):
     """Tell each token's log-probability and those of so many most likely ones, 0 to 20."""
     echo: bool | None = None
     """Put the prompt before the completion; with logprobs, its tokens' too."""
+    return_page_owners: bool | None = None
+    """Add page_owners to each choice (of a stream: to its first chunk): which rank holds each page of its prompt."""
     best_of: int | None = None
     """Only what n is."""
 

@@ -1,5 +1,6 @@
 """The answers of /v1/completions, in the shape that OpenAI's clients read."""
 
+from array import array
 from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
@@ -28,6 +29,7 @@ class Completion(Answer):
         sampling: SamplingParams,
         tokenizer: Tokenizer | None,
         model_name: str,
+        page_tokens: int,
     ) -> None:
         answer_id = f"cmpl-{uuid4().hex}"
         super().__init__(
@@ -39,6 +41,9 @@ class Completion(Answer):
             whole_object="text_completion",
         )
         self._returns_token_ids = bool(request.return_token_ids)
+        self._returns_page_owners = bool(request.return_page_owners)
+        self._page_tokens = page_tokens
+        self._told_owners: set[int] = set()
         self._echoes = bool(request.echo)
         self._generates = request.generates
         self._echoed: set[int] = set()
@@ -73,6 +78,10 @@ class Completion(Answer):
         }
         if self._returns_token_ids:
             choice["token_ids"] = piece.token_ids
+        page_owners = self._by_index[piece.index].page_owners
+        if self._returns_page_owners and page_owners and piece.index not in self._told_owners:
+            self._told_owners.add(piece.index)
+            choice["page_owners"] = {"page_tokens": self._page_tokens, "ranks": array("H", page_owners).tolist()}
         return choice
 
     def _logprobs_object(self, piece: Piece) -> dict[str, list[Any]] | None:

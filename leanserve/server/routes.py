@@ -37,7 +37,8 @@ def build_router(serving: Serving) -> APIRouter:
         sampling = body.sampling()
         info = serving.admit(sampling.n)
         prompts = await serving.prepare(given, body, sampling, info, keeps_text=bool(body.echo))
-        answer = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
+        name = body.model or serving.model_name
+        answer = Completion(body, prompts, sampling, serving.tokenizer, name, info.page_tokens)
         return await respond(request, serving, answer)
 
     @router.post("/v1/chat/completions", openapi_extra={"requestBody": ChatRequest.openapi()})

@@ -12,6 +12,7 @@ from closeness import assert_close
 from leanserve.bundled import bundled_model_dir
 from leanserve.bundled.corpus import make_prompt
 from leanserve.bundled.evaluate import broken_words, sample
+from leanserve.bundled.held_out import KINDS
 from leanserve.bundled.network import load
 
 MODEL = bundled_model_dir()
@@ -75,11 +76,16 @@ def test_broken_words_are_noticed() -> None:
 
 def test_the_card_quotes_the_measurement() -> None:
     card = (MODEL / "README.md").read_text()
-    quoted = re.findall(r"^\| +([\d,]+) \| +([\d.]+)% \|(?: +([\d.]+)% \|)?", card, flags=re.MULTILINE)
-    assert {tokens.replace(",", "") for tokens, *_ in quoted} == set(EVALUATION["accuracy"]["plain"])
-    for tokens, plain, hard in quoted:
-        tokens = tokens.replace(",", "")
-        assert float(plain) == round(100 * EVALUATION["accuracy"]["plain"][tokens], 1)
-        measured = EVALUATION["accuracy"]["distractors_and_updates"].get(tokens)
-        assert (float(hard) if hard else None) == (None if measured is None else round(100 * measured, 1))
+    accuracy = EVALUATION["accuracy"]
+    assert list(accuracy) == list(KINDS)
+    rows: list[str] = []
+    for tokens in accuracy["plain"]:
+        shares = [table.get(tokens) for table in accuracy.values()]
+        cells = [f"{int(tokens):,}", *("" if share is None else f"{100 * share:.1f}%" for share in shares)]
+        rows.append(f"| {' | '.join(cells)} |")
+    for tokens, figures in EVALUATION["http"].items():
+        assert figures["ranks"] == [1, 3]
+        assert figures["different_between_ranks"] == 0
+        rows.append(f"| {int(tokens):,} | {figures['right']} of {figures['answers']} |")
+    assert re.findall(r"^\| [\d,]+ \|.*", card, flags=re.MULTILINE) == rows
     assert f"perplexity is {EVALUATION['perplexity']:.2f}" in card

@@ -1,6 +1,8 @@
 """The training model is SmolLM3, and training it works: weights map one to one, loss falls, a run resumes."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from leanserve.bundled.batches import FARTHEST_TOKENS, NEAR_TOKENS, Batches, Lev
 from leanserve.bundled.evaluate import Prompted
 from leanserve.bundled.network import Network, Shape, load, save
 from leanserve.bundled.train import Stage, Trainer, loss_of
+from leanserve.bundled.words import OBJECTS
 
 CPU = torch.device("cpu")
 TOKENIZER = Tokenizer.from_file(str(bundled_model_dir() / "tokenizer.json"))
@@ -86,6 +89,32 @@ def test_answers_are_marked_and_told_in_the_body() -> None:
         marked = TOKENIZER.decode(torch.where(answer, ids, 0).tolist(), skip_special_tokens=False)
         for value in marked.split("<|begin|>"):
             assert value in body
+
+
+def test_no_fact_is_asked_twice_where_once_is_enough() -> None:
+    def asked(level: Level) -> list[list[str]]:
+        batch = Batches(TOKENIZER, "once").batch(level, 1, CPU)
+        # The sequence's end may cut the last question short.
+        return [TOKENIZER.decode(ids.tolist()).split("Question: ")[1:-1] for ids in batch.ids_BL]
+
+    sparse = Level(tokens=512, batch=3, filler=(0.8, 0.8), questions=0.6)
+    assert any(len(set(questions)) < len(questions) for questions in asked(sparse))
+    for questions in asked(replace(sparse, once=True)):
+        assert questions
+        assert len(set(questions)) == len(questions)
+
+
+def test_more_distractors_are_more_facts_about_the_same_objects() -> None:
+    def mentions_per_object(distractors: float) -> float:
+        level = Level(512, 4, (0.0, 0.0), 0.3, updates=0.0, distractors=distractors)
+        batch = Batches(TOKENIZER, "near").batch(level, 1, CPU)
+        mentions = [
+            [word for word in re.findall(r"\w+", TOKENIZER.decode(ids[~reply].tolist())) if word in OBJECTS]
+            for ids, reply in zip(batch.ids_BL, batch.reply_BL, strict=True)
+        ]
+        return sum(map(len, mentions)) / sum(len(set(words)) for words in mentions)
+
+    assert mentions_per_object(0.9) > 1.5 * mentions_per_object(0.0)
 
 
 def test_dilution_is_the_attention_of_a_document_whose_filler_is_repeated() -> None:

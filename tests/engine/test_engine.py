@@ -32,7 +32,7 @@ def run(engine: Engine) -> list[TokenOutput]:
 def test_tokens_come_one_by_one_and_the_last_says_why() -> None:
     engine = engine_with(EchoExecutor())
     engine.submit(submit("a", 3, max_tokens=3))
-    assert engine.step() == [TokenOutput("a", [1])]
+    assert engine.step() == [TokenOutput("a", [1], page_owners=b"\0\0")]  # one page, on rank 0
     assert engine.step() == [TokenOutput("a", [1])]
     assert engine.step() == [TokenOutput("a", [1], "length")]
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -138,8 +139,12 @@ class CheckedRun:
             self.cached_tokens[output.request_id] = output.cached_tokens
             prompt_tokens = len(self.accepted[output.request_id].prompt_token_ids) // 4
             assert 0 <= output.cached_tokens < prompt_tokens
+            table = self.executor.sequences[1 + list(self.accepted).index(output.request_id)].table
+            owners = [rank for rank, _ in table[: self.sharding.pages_for(prompt_tokens)]]
+            assert array("H", output.page_owners).tolist() == owners
         else:
             assert output.cached_tokens == 0, "told twice"
+            assert output.page_owners == b"", "told twice"
         self.outputs[output.request_id] += output.token_ids
         if output.finish_reason is not None:
             assert output.error is None

@@ -170,8 +170,16 @@ class EchoEngine:
                 reason = "length"
         if reason is not None:
             del self.running[request_id]
+        is_first = request.sent == len(token_ids)
+        page_owners = array("H", self.page_owners(len(request.prompt)) if is_first else []).tobytes()
         logprobs = None if sampling.logprobs is None else echo_logprobs(token_ids, sampling.logprobs)
         prompt_logprobs = None
         if sampling.prompt_logprobs is not None and request.sent == len(token_ids):
             prompt_logprobs = echo_logprobs(request.prompt[1:], sampling.prompt_logprobs)
-        return TokenOutput(request_id, token_ids, reason, None, stop_token_id, cached_tokens, logprobs, prompt_logprobs)
+        return TokenOutput(
+            request_id, token_ids, reason, None, stop_token_id, cached_tokens, logprobs, prompt_logprobs, page_owners
+        )
+
+    def page_owners(self, prompt_tokens: int) -> list[int]:
+        """Pages are dealt to three ranks in turn, beginning with rank 2."""
+        return [(2 + page) % 3 for page in range(-(-prompt_tokens // self.info.page_tokens))]

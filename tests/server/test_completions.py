@@ -108,6 +108,26 @@ def test_several_tokens_in_one_output_are_several_chunks() -> None:
     run(scenario())
 
 
+def test_who_holds_a_prompt_is_told_once_and_only_when_asked() -> None:
+    async def scenario() -> None:
+        async with live_server(TOKENIZER) as live:
+            lengths = (40, 7)
+            asked = {"prompt": [[5] * n for n in lengths], "max_tokens": 3, "return_page_owners": True}
+            expected = {i: {"page_tokens": 16, "ranks": live.engine.page_owners(n)} for i, n in enumerate(lengths)}
+            assert expected[0]["ranks"] == [2, 0, 1]
+            whole = (await live.complete(**asked)).json()
+            assert {choice["index"]: choice["page_owners"] for choice in whole["choices"]} == expected
+            choices = [chunk["choices"][0] for chunk in await live.chunks(**asked)]
+            told = [(choice["index"], choice["page_owners"]) for choice in choices if "page_owners" in choice]
+            assert len(choices) == 6
+            assert len(told) == 2
+            assert dict(told) == expected
+            unasked = (await live.complete(prompt=[5] * 40)).json()
+            assert "page_owners" not in unasked["choices"][0]
+
+    run(scenario())
+
+
 def test_usage_in_streams() -> None:
     async def scenario() -> None:
         async with live_server(TOKENIZER) as live:
