@@ -1,4 +1,5 @@
-"""What the front end and the engine on rank 0 say to each other, as msgpack over one ZMQ socket pair."""
+"""What the front end and the engine on rank 0 say to each other, as msgpack over one ZMQ socket pair; and what every
+rank tells the front end of itself, on a socket of its own."""
 
 import msgspec
 
@@ -12,14 +13,18 @@ __all__ = [
     "EngineInfo",
     "EngineReady",
     "FromEngine",
+    "FromRank",
     "Hello",
     "Loading",
+    "Pulse",
+    "RankFailed",
     "Shutdown",
     "Submit",
     "ToEngine",
     "TokenOutput",
     "TokenOutputs",
     "decode_from_engine",
+    "decode_from_rank",
     "decode_to_engine",
     "encode",
 ]
@@ -46,6 +51,9 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     prompt_token_ids: bytes
     """int32, native byte order."""
     sampling: SamplingParams
+    output_token_ids: bytes = b""
+    """int32: what an engine that is gone generated already. This one goes on behind them; they are outputs, not prompt,
+    to penalties, limits, seeds and stop rules."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -98,6 +106,8 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine will not (or no longer) serve."""
 
     message: str
+    is_final: bool = False
+    """Another attempt would end the same way: an option or the checkpoint is wrong."""
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -127,9 +137,33 @@ class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
     """Since start."""
 
 
+class Pulse(msgspec.Struct, frozen=True, tag="pulse"):
+    """A rank lives, sent about every second from a thread of its own, whatever the rank is doing."""
+
+    rank: int
+    pid: int
+    host: str
+    """Which machine `pid` belongs to."""
+    step: int
+    """The newest completed step, or idle check; 0 before the first."""
+    busy_s: float
+    """How long the current step has run; 0 between steps."""
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag="rank-failed"):
+    """A rank's last words."""
+
+    rank: int
+    message: str
+    is_final: bool = False
+    """As of EngineFailed."""
+
+
 ToEngine = Configure | Submit | Abort | Shutdown
 FromEngine = Hello | Loading | EngineReady | EngineFailed | TokenOutputs
+FromRank = Pulse | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode

@@ -1,0 +1,54 @@
+"""What every rank last said of itself, and what is wrong with it. Judges by this process's clock alone."""
+
+from dataclasses import dataclass
+
+from leanserve.contracts.messages import Pulse
+
+__all__ = ["HeardPulse", "RankHealth"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeardPulse:
+    """A rank's newest pulse, and when it came."""
+
+    pulse: Pulse
+    heard_at: float
+
+
+class RankHealth:
+    """The ranks of one attempt.
+
+    Args:
+        step_timeout_s: how long a step, or the silence of a rank, may last.
+    """
+
+    def __init__(self, step_timeout_s: float) -> None:
+        self.step_timeout_s = step_timeout_s
+        self.ranks: dict[int, HeardPulse] = {}
+        """By rank: those heard of since the attempt began."""
+
+    def hear(self, pulse: Pulse, now: float) -> None:
+        self.ranks[pulse.rank] = HeardPulse(pulse, now)
+
+    def forget(self) -> None:
+        """The attempt is over."""
+        self.ranks.clear()
+
+    def troubled(self, now: float, *, patience_s: float = 0.0) -> dict[int, str]:
+        """What is wrong, by rank: it is silent, or its step takes too long.
+
+        Args:
+            patience_s: beyond the step timeout.
+        """
+        limit_s = self.step_timeout_s + patience_s
+        troubled: dict[int, str] = {}
+        for rank, (pulse, heard_at) in ((r, (h.pulse, h.heard_at)) for r, h in sorted(self.ranks.items())):
+            silent_s = now - heard_at
+            if silent_s > limit_s:
+                troubled[rank] = f"rank {rank} (pid {pulse.pid}) has been silent for {silent_s:.1f} s"
+            elif pulse.busy_s and pulse.busy_s + silent_s > limit_s:
+                troubled[rank] = (
+                    f"rank {rank} (pid {pulse.pid}) has not completed the step after {pulse.step} in "
+                    f"{pulse.busy_s + silent_s:.1f} s"
+                )
+        return troubled
