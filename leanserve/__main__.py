@@ -51,6 +51,7 @@ class AttentionChoice(StrEnum):
 
 
 MODEL, RANKS, MEMORY, HTTP = "Model", "Ranks and devices", "Memory and batching", "HTTP"
+FAILURES, NODES = "Failures and the end", "Several machines"
 
 Ranks = Annotated[
     str,
@@ -150,14 +151,47 @@ def serve(
     max_batch_tokens: MaxBatchTokens = 2048,
     max_sequences: MaxSequences = 256,
     long_prefill_tokens: LongPrefillTokens = "auto",
+    step_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", help="A rank whose step takes longer is taken for dead.", rich_help_panel=FAILURES
+        ),
+    ] = 120.0,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Of the ranks, within ten minutes; then give up.", rich_help_panel=FAILURES)
+    ] = 5,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Requests go on after a restart, in the same stream; or they end with an error.",
+            rich_help_panel=FAILURES,
+        ),
+    ] = True,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0, help="Time to finish for live requests after SIGTERM.", rich_help_panel=FAILURES
+        ),
+    ] = 30.0,
+    nnodes: Annotated[int, typer.Option(help="Machines that take part.", rich_help_panel=NODES)] = 1,
+    node_rank: Annotated[
+        int, typer.Option(help="This machine among them; 0 has the HTTP port.", rich_help_panel=NODES)
+    ] = 0,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="On machine 0, where they meet.", rich_help_panel=NODES)
+    ] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API.
 
     With no MODEL the small bundled one is served: no download, no GPU needed. Under torchrun
     (`torchrun --standalone --nproc-per-node 3 -m leanserve serve ...`) its processes are the ranks.
     """
-    from leanserve.launch.front_end import ServeOptions, serve_under_torchrun, serve_until_stopped, started_by_torchrun
+    from leanserve.launch.front_end import ServeOptions, serve_until_stopped
+    from leanserve.launch.nodes import Nodes
     from leanserve.launch.options import LaunchOptions
+    from leanserve.launch.under_torchrun import serve_under_torchrun, started_by_torchrun
+    from leanserve.server.engine_client import Recovery
 
     if started_by_torchrun():
         sys.exit(serve_under_torchrun(sys.argv[1:]))
@@ -166,6 +200,9 @@ def serve(
         port=port,
         served_model_name=served_model_name,
         insecure=insecure,
+        nodes=Nodes(count=nnodes, rank=node_rank, endpoint=rdzv_endpoint),
+        recovery=Recovery(max_restarts=max_restarts, resume=resume),
+        drain_timeout_s=drain_timeout,
         launch=LaunchOptions(
             model=model,
             ranks=_count_or_auto("--ranks", ranks),
@@ -180,6 +217,7 @@ def serve(
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
             long_prefill_tokens=_count_or_auto("--long-prefill-tokens", long_prefill_tokens),
+            step_timeout_s=step_timeout,
         ),
     )
     sys.exit(serve_until_stopped(options))

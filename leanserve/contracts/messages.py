@@ -42,6 +42,8 @@ class Configure(msgspec.Struct, frozen=True, tag="configure"):
     config: EngineConfig
     front_end_pid: int
     """Ranks end themselves when this process is gone."""
+    pulse_address: str
+    """Where every rank tells the front end of itself."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

@@ -85,7 +85,7 @@ class EngineClient:
         address: where to bind, `ipc://...`.
         config: given to an engine that asks for it with Hello, which every rank process does first.
         max_queued_tokens: tokens that may wait unread in one stream before its requests are stopped.
-        pulse_addresses: where to bind for what every rank says of itself.
+        pulse_address: where to bind for what every rank says of itself; needed with `config`.
         step_timeout_s: how long a step, or a rank's silence, may last before `trouble` tells of it.
     """
 
@@ -95,12 +95,12 @@ class EngineClient:
         config: EngineConfig | None = None,
         *,
         max_queued_tokens: int = 1024,
-        pulse_addresses: Sequence[str] = (),
+        pulse_address: str | None = None,
         step_timeout_s: float = 120.0,
         recovery: Recovery | None = None,
     ) -> None:
         self.address = address
-        self._socket = EngineSocket(address, pulse_addresses, self)
+        self._socket = EngineSocket(address, pulse_address, self)
         self._config = config
         self.state: EngineState = "loading"
         self.info: EngineInfo | None = None
@@ -118,6 +118,7 @@ class EngineClient:
         self._budget = RestartBudget(self._recovery.max_restarts)
         self._configure_at = 0.0
         self._is_attached = False
+        self._vacant_since = time.monotonic()
         self._max_queued_tokens = max_queued_tokens
         self._last_words: str | None = None
         self._heard_at = time.monotonic()
@@ -187,6 +188,11 @@ class EngineClient:
         """How long the engine has owed us something and sent nothing; 0 when it owes nothing."""
         return time.monotonic() - self._heard_at if self.live else 0.0
 
+    @property
+    def vacant_s(self) -> float:
+        """How long no engine has been here."""
+        return 0.0 if self._is_attached else time.monotonic() - self._vacant_since
+
     def trouble(self) -> str | None:
         """What keeps the engine from making progress: a rank that is stuck or silent, or work without a step."""
         troubled = self.health.troubled(time.monotonic())
@@ -225,7 +231,7 @@ class EngineClient:
             return
         self.state, self.failure, self.loading = "restarting", message, None
         self._configure_at = now + delay_s
-        self._heard_at = now
+        self._heard_at = self._vacant_since = now
         culprit = self.live.engine_lost()
         if culprit is not None:
             logger.error("request %s was alone on probation when the engine died", culprit.request_id)
@@ -236,7 +242,7 @@ class EngineClient:
             self._end_live(message)
         logger.error(
             "the engine failed: %s; %d live requests wait for restart %d of %d, in %.0f s",
-            message,
+            _first_line(message),
             len(self.live),
             self._budget.used,
             self._budget.max_restarts,
@@ -344,7 +350,8 @@ class EngineClient:
             return
         self._attach()
         if self._config is not None:
-            configure = Configure(self._config, os.getpid())
+            assert self._socket.pulse_address is not None
+            configure = Configure(self._config, os.getpid(), self._socket.pulse_address)
             delay_s = max(self._configure_at - time.monotonic(), 0.0)
             self._configuring = asyncio.get_running_loop().call_later(delay_s, self._socket.send, configure)
 

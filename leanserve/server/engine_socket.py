@@ -5,7 +5,7 @@ The front end binds, the engine connects, so that a later engine may take the pl
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -38,12 +38,13 @@ class EngineSocket:
 
     Args:
         address: where to bind for the engine, `ipc://...`.
-        pulse_addresses: where to bind for what every rank says of itself.
+        pulse_address: where to bind for what every rank says of itself; `tcp://host:*` takes a free port.
     """
 
-    def __init__(self, address: str, pulse_addresses: Sequence[str], listener: EngineListener) -> None:
+    def __init__(self, address: str, pulse_address: str | None, listener: EngineListener) -> None:
         self._address = address
-        self._pulse_addresses = pulse_addresses
+        self.pulse_address = pulse_address
+        """Where the ranks connect to, once bound."""
         self._listener = listener
         self._context: zmq.asyncio.Context | None = None
         self._socket: zmq.asyncio.Socket | None = None
@@ -59,10 +60,10 @@ class EngineSocket:
         self._socket.bind(self._address)
         self._listen(self._receive(self._socket), "engine outputs")
         self._listen(self._watch_connection(monitor), "engine connection")
-        if self._pulse_addresses:
+        if self.pulse_address is not None:
             pulses = self._context.socket(zmq.PULL)
-            for address in self._pulse_addresses:
-                pulses.bind(address)
+            pulses.bind(self.pulse_address)
+            self.pulse_address = pulses.getsockopt_string(zmq.LAST_ENDPOINT)
             self._listen(self._receive_pulses(pulses), "pulses")
 
     def send(self, message: ToEngine) -> bool:

@@ -34,6 +34,18 @@ class RankHealth:
         """The attempt is over."""
         self.ranks.clear()
 
+    def report(self, now: float) -> list[dict[str, object]]:
+        """Of every rank: its newest step, how long the current one has run, and the age of its pulse."""
+        return [
+            {
+                "rank": rank,
+                "step": heard.pulse.step,
+                "busy_s": round(heard.pulse.busy_s, 3),
+                "age_s": round(now - heard.heard_at, 3),
+            }
+            for rank, heard in sorted(self.ranks.items())
+        ]
+
     def troubled(self, now: float, *, patience_s: float = 0.0) -> dict[int, str]:
         """What is wrong, by rank: it is silent, or its step takes too long.
 
@@ -42,8 +54,8 @@ class RankHealth:
         """
         limit_s = self.step_timeout_s + patience_s
         troubled: dict[int, str] = {}
-        for rank, (pulse, heard_at) in ((r, (h.pulse, h.heard_at)) for r, h in sorted(self.ranks.items())):
-            silent_s = now - heard_at
+        for rank, heard in sorted(self.ranks.items()):
+            pulse, silent_s = heard.pulse, now - heard.heard_at
             if silent_s > limit_s:
                 troubled[rank] = f"rank {rank} (pid {pulse.pid}) has been silent for {silent_s:.1f} s"
             elif pulse.busy_s and pulse.busy_s + silent_s > limit_s:

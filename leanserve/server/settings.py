@@ -23,8 +23,6 @@ class ServerSettings:
     """Prompts at the engine at once, running or waiting; more are answered 503."""
     keep_alive_s: float = 15.0
     """A stream that is silent for so long gets a comment (proxies cut silent connections, often at 60 s)."""
-    stall_after_s: float = 300.0
-    """`/health` is 503 when the engine owes tokens and has sent nothing for so long."""
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
@@ -35,7 +33,6 @@ class ServerSettings:
             "max_prompts",
             "max_live_requests",
             "keep_alive_s",
-            "stall_after_s",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be above 0")

@@ -55,6 +55,14 @@ class Runner:
         self._checksum = step_checksum(batch.step, token_ids)
         return StepResult(step=batch.step, token_ids=token_ids)
 
+    def compare_pasts(self) -> None:
+        """Every rank calls it while there is no step.
+
+        Raises:
+            DesyncError: another rank's past differs from rank 0's.
+        """
+        self._ranks.require_equal(self._checksum, f"the checksum of step {self._completed_step}")
+
     def _check_past(self, batch: Batch) -> None:
         if batch.step != self._completed_step + 1:
             raise DesyncError(
