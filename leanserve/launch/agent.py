@@ -4,6 +4,7 @@ Run as `python -m leanserve.launch.agent RANKS FRONT_END_PID`; not for people. O
 process that `leanserve serve --node-rank N` starts.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,10 @@ JOIN_TIMEOUT_S = 7 * 24 * 3600
 def run_agent(num_ranks: int, nodes: Nodes) -> int:
     """Start this machine's ranks, as often as it takes, and wait for them. Returns the exit code."""
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's own log; ours says what failed
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stores complain at length when their other end dies
+    elastic = logging.getLogger("torch.distributed.elastic")
+    elastic.propagate = False
+    elastic.addHandler(_FailedRanks())
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -51,6 +56,15 @@ def run_agent(num_ranks: int, nodes: Nodes) -> int:
     except SignalException:
         return 0
     return 0
+
+
+class _FailedRanks(logging.Handler):
+    """Of all that torchrun has to say, which rank failed and how."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        match record.args:
+            case (int(exit_code), int(local_rank), int(pid), _) if "exitcode" in str(record.msg):
+                print(f"leanserve: local rank {local_rank} (pid {pid}) {_ended(exit_code)}", file=sys.stderr)
 
 
 def _ended(exit_code: int) -> str:

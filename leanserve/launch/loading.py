@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo  # custom operators import it in their first call, and a step would pay seconds for it
 import torch.distributed as dist
 
 from leanserve.attention.kv_shard import KvShard

@@ -107,7 +107,7 @@ def exchange_cards(store: dist.Store, place: Place, model_dir: Path) -> list[Car
         host=place.host,
         agent_pid=place.agent_pid,
         leanserve=__version__,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         model=_model_fingerprint(model_dir),
     )
     store.set(f"leanserve/card/{place.rank}", msgspec.json.encode(mine).decode())

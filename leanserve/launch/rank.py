@@ -142,6 +142,9 @@ def _run_rank_0(member: _Member, run_dir: Path) -> None:
     except LeanServeError as error:
         tell(EngineFailed(str(error), is_final=isinstance(error, ConfigError | ModelError)))
         raise
+    except Exception as error:
+        tell(EngineFailed(f"{type(error).__name__}: {error}"))
+        raise
     finally:
         socket.close()
 

@@ -219,6 +219,8 @@ class EngineClient:
             return
         self._is_attached = False
         message, self._last_words = self._last_words or message, None
+        if gone := self.health.gone():
+            message = f"{', '.join(gone)} gone; {message}"
         self.health.forget()
         now = time.monotonic()
         delay_s = None if self._is_ending else self._budget.spend(now)

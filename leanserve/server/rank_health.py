@@ -1,6 +1,9 @@
 """What every rank last said of itself, and what is wrong with it. Judges by this process's clock alone."""
 
+import os
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from leanserve.contracts.messages import Pulse
 
@@ -34,11 +37,18 @@ class RankHealth:
         """The attempt is over."""
         self.ranks.clear()
 
+    def gone(self) -> list[str]:
+        """Ranks of this machine whose processes have ended."""
+        here = socket.gethostname()
+        pulses = [heard.pulse for _, heard in sorted(self.ranks.items())]
+        return [f"rank {p.rank} (pid {p.pid})" for p in pulses if p.host == here and not _is_running(p.pid)]
+
     def report(self, now: float) -> list[dict[str, object]]:
         """Of every rank: its newest step, how long the current one has run, and the age of its pulse."""
         return [
             {
                 "rank": rank,
+                "pid": heard.pulse.pid,
                 "step": heard.pulse.step,
                 "busy_s": round(heard.pulse.busy_s, 3),
                 "age_s": round(now - heard.heard_at, 3),
@@ -64,3 +74,13 @@ class RankHealth:
                     f"{pulse.busy_s + silent_s:.1f} s"
                 )
         return troubled
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's, or no /proc
+        return True
