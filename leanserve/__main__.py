@@ -1,8 +1,9 @@
-"""The command line: serve | generate | bench."""
+"""The command line: serve | generate | plan | bench."""
 
 import os
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -259,6 +260,63 @@ def generate(
         kv_memory=None if kv_memory == "auto" else kv_memory,
     ) as llm:
         print_completion(llm, prompt, sampling)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="A directory with a config.json, or a hub id. Default: the bundled model."
+        ),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Type of GPU; a wrong one lists all.", rich_help_panel=RANKS)] = "H200",
+    ranks: Annotated[int, typer.Option(metavar="N", help="GPUs.", rich_help_panel=RANKS)] = 1,
+    context: Annotated[
+        str,
+        typer.Option(metavar="TOKENS", help="Of each sequence, such as 131072, 128k or 1M.", rich_help_panel=MEMORY),
+    ] = "auto",
+    concurrency: Annotated[int, typer.Option(metavar="N", help="Sequences at once.", rich_help_panel=MEMORY)] = 1,
+    dtype: Annotated[
+        DTypeChoice, typer.Option(help="Of weights and KV. auto: the checkpoint's own.", rich_help_panel=MODEL)
+    ] = DTypeChoice.auto,
+    page_tokens: PageTokens = 64,
+    kv_memory: KvMemory = "auto",
+    max_batch_tokens: MaxBatchTokens = 2048,
+    max_sequences: MaxSequences = 256,
+    calibrate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON with constants that you measured.", rich_help_panel=RANKS)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw a PNG (needs matplotlib).", rich_help_panel=MODEL)
+    ] = None,
+) -> None:
+    """Memory and estimated time of a deployment, before you rent the GPUs. Reads config.json only."""
+    from rich.console import Console
+
+    from leanserve.bundled import bundled_model_dir
+    from leanserve.contracts.config import BatchOptions
+    from leanserve.launch.options import parse_bytes
+    from leanserve.planner.gpus import find_gpu
+    from leanserve.planner.plan import Question, find_architecture, make_plan, parse_tokens
+    from leanserve.planner.report import draw_plan, print_plan
+    from leanserve.planner.roofline import Constants
+
+    architecture = find_architecture(bundled_model_dir() if model is None else model)
+    question = Question(
+        gpu=find_gpu(gpu),
+        ranks=ranks,
+        context_tokens=architecture.max_positions if context == "auto" else parse_tokens(context),
+        sequences=concurrency,
+        dtype=architecture.checkpoint_dtype if dtype is DTypeChoice.auto else dtype.value,
+        page_tokens=page_tokens,
+        kv_bytes_per_rank=None if kv_memory == "auto" else parse_bytes(kv_memory),
+        batch=BatchOptions(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences),
+    )
+    result = make_plan(architecture, question, Constants() if calibrate is None else Constants.calibrated(calibrate))
+    print_plan(result, Console(highlight=False))
+    if plot is not None:
+        draw_plan(result, plot)
 
 
 def _print_version(wanted: bool) -> None:

@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": set(),
     "server": set(),
     "loadtest": {"bundled"},
-    "planner": set(),
+    "planner": {"model"},
     "launch": {"worker", "model", "attention", "distributed", "lean_attention", "server", "engine", "bundled"},
     "llm": {"launch", "server"},
     "bench": {"launch", "worker", "model", "attention", "distributed", "engine", "llm", "lean_attention"},

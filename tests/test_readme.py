@@ -26,7 +26,7 @@ def test_there_are_exactly_two_set_up_commands():
 
 def test_every_block_is_of_a_kind_that_is_tested():
     assert {language for language, _ in BLOCKS} == {"sh", "python", "text"}
-    known = ("pip install", "curl ", "leanserve serve", "torchrun ", "leanserve generate")
+    known = ("pip install", "curl ", "leanserve serve", "torchrun ", "leanserve generate", "leanserve plan ")
     assert all(block.startswith(known) for block in blocks("sh"))
 
 

@@ -17,7 +17,7 @@ from leanserve.launch.own_address import address_towards
 from leanserve.launch.ranks_process import RanksProcess, engine_address, pulse_address
 from leanserve.server.engine_client import EngineClient, Recovery
 
-__all__ = ["EngineGroup", "make_run_dir"]
+__all__ = ["EngineGroup", "Recovery", "make_run_dir"]
 
 STOP_PATIENCE_S = 5.0
 """How long ranks may take to end by themselves once told."""

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch._dynamo  # custom operators import it in their first call, and a step would pay seconds for it
+import torch._dynamo  # noqa: F401 -- custom operators import it in their first call, and a step would pay seconds for it
 import torch.distributed as dist
 
 from leanserve.attention.kv_shard import KvShard
@@ -15,6 +14,7 @@ from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import EngineInfo
 from leanserve.distributed.ranks import Ranks
 from leanserve.launch.place import Place
+from leanserve.model.activations import activation_bytes
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
 from leanserve.model.weights import load_weights
@@ -67,7 +67,7 @@ def load_rank(
         device,
         ranks_on_host=place.local_size,
         ranks_on_device=ranks_on_device,
-        activation_bytes=_activation_bytes(architecture, config, dtype),
+        activation_bytes=activation_bytes(architecture, config.batch, dtype.itemsize),
     )
     pages_per_rank = ranks.gather_ints(num_pages(budget, page_bytes, config.cache.page_tokens))
     sharding = KvSharding(page_tokens=config.cache.page_tokens, pages_per_rank=pages_per_rank)
@@ -102,15 +102,6 @@ def load_rank(
             prefix_cache=config.cache.prefix_cache and not decoder.rope.depends_on_length,
         ),
     )
-
-
-def _activation_bytes(architecture: Architecture, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits."""
-    tokens = config.batch.max_batch_tokens
-    widest = 2 * architecture.intermediate_size + 4 * architecture.hidden_size
-    states = architecture.num_heads * (architecture.head_dim + 1) * 4 * 3
-    logits = config.batch.max_sequences * architecture.vocab_size * 4 * 2
-    return tokens * (widest * dtype.itemsize * 2 + states) + logits
 
 
 def _max_context_tokens(config: EngineConfig, architecture: Architecture, sharding: KvSharding) -> int:

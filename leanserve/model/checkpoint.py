@@ -12,7 +12,7 @@ from leanserve.contracts.errors import CheckpointError, ModelError
 from leanserve.model.architecture import read_architecture
 from leanserve.model.config_json import JsonFile, shown
 
-__all__ = ["find_shards", "resolve_model"]
+__all__ = ["find_shards", "resolve_config", "resolve_model"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -47,10 +47,36 @@ def resolve_model(name_or_path: str | Path) -> Path:
         CheckpointError: no such directory, or one without config.json or safetensors weights.
         ModelError: the hub does not have the model, will not give it, or cannot be reached.
     """
+    path = _local_directory(name_or_path)
+    if path is not None:
+        find_shards(path)
+        return path
+    repo = str(name_or_path)
+    read_architecture(_fetch(repo, _CONFIG_PATTERNS))
+    model_dir = _fetch(repo, _CONFIG_PATTERNS + _TOKENIZER_PATTERNS + _WEIGHT_PATTERNS)
+    find_shards(model_dir)
+    return model_dir
+
+
+def resolve_config(name_or_path: str | Path) -> Path:
+    """A local directory that holds a model's config.json, fetched alone where a hub id is given.
+
+    Raises:
+        CheckpointError, ModelError: as `resolve_model`; weights are not asked for.
+    """
+    path = _local_directory(name_or_path)
+    return _fetch(str(name_or_path), _CONFIG_PATTERNS) if path is None else path
+
+
+def _local_directory(name_or_path: str | Path) -> Path | None:
+    """The directory that is named; None for what can only be a hub id.
+
+    Raises:
+        CheckpointError: neither.
+    """
     text = str(name_or_path)
     path = Path(os.path.expanduser(text))
     if path.is_dir():
-        find_shards(path)
         return path.resolve()
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the checkpoint's directory, which holds its config.json")
@@ -60,7 +86,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
         or text.endswith((".json", ".safetensors", ".gguf"))
     ):
         raise CheckpointError(f"{path}: no such directory, and not a Hugging Face hub id (owner/name) either")
-    return _download(text)
+    return None
 
 
 def find_shards(model_dir: Path) -> list[Path]:
@@ -102,31 +128,26 @@ def find_shards(model_dir: Path) -> list[Path]:
     return shards
 
 
-def _download(repo: str) -> Path:
+def _fetch(repo: str, patterns: list[str]) -> Path:
+    """Those files of a hub repository, from the local cache or the hub."""
     from huggingface_hub import errors, snapshot_download
 
-    def fetch(patterns: list[str]) -> Path:
-        try:
-            return Path(snapshot_download(repo, allow_patterns=patterns))
-        except errors.GatedRepoError as error:
-            raise ModelError(
-                f"{repo} is gated: accept its licence on https://huggingface.co/{repo} and log in with `hf auth login`"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise ModelError(
-                f"{repo}: neither a local directory nor a public model on the Hugging Face hub; check the spelling, or "
-                "log in with `hf auth login` if it is private"
-            ) from error
-        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-            raise ModelError(
-                f"{repo}: no such local directory, and the Hugging Face hub cannot be reached and has no copy in the "
-                "local cache. Give the path of a checkpoint directory, or connect (is HF_HUB_OFFLINE set?)"
-            ) from error
-        except Exception as error:  # the client lets its HTTP library's errors through, and it has changed that library
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{repo}: the Hugging Face hub did not give the model ({reason})") from error
-
-    read_architecture(fetch(_CONFIG_PATTERNS))
-    model_dir = fetch(_CONFIG_PATTERNS + _TOKENIZER_PATTERNS + _WEIGHT_PATTERNS)
-    find_shards(model_dir)
-    return model_dir
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{repo} is gated: accept its licence on https://huggingface.co/{repo} and log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{repo}: neither a local directory nor a public model on the Hugging Face hub; check the spelling, or "
+            "log in with `hf auth login` if it is private"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ModelError(
+            f"{repo}: no such local directory, and the Hugging Face hub cannot be reached and has no copy in the "
+            "local cache. Give the path of a checkpoint directory, or connect (is HF_HUB_OFFLINE set?)"
+        ) from error
+    except Exception as error:  # the client lets its HTTP library's errors through, and it has changed that library
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{repo}: the Hugging Face hub did not give the model ({reason})") from error

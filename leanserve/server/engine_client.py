@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from uuid import uuid4
@@ -156,7 +156,7 @@ class EngineClient:
 
     async def generate(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, request_id: str | None = None
-    ) -> AsyncIterator[TokenOutput]:
+    ) -> AsyncGenerator[TokenOutput]:
         """Outputs of one request until its finish_reason is set. Close the generator (`aclose`) to stop it early.
 
         Stop strings are not looked for here: see `TextStream`.

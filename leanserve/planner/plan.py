@@ -1,0 +1,180 @@
+"""A deployment and what it would hold and cost: every figure of `leanserve plan`, as values."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from leanserve.contracts.config import BatchOptions
+from leanserve.contracts.errors import ConfigError
+from leanserve.model.activations import activation_bytes
+from leanserve.model.architecture import Architecture, read_architecture
+from leanserve.model.checkpoint import resolve_config
+from leanserve.planner.footprint import DTYPE_BYTES, WEIGHT_SPLITS, WeightBytes, WeightSplit, weight_bytes
+from leanserve.planner.gpus import Gpu
+from leanserve.planner.roofline import Constants, DecodeTime, PrefillTime, decode_time, prefill_time
+
+__all__ = ["Deployment", "Memory", "Plan", "Question", "find_architecture", "make_plan", "parse_tokens"]
+
+_TOKENS = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmM]?)")
+
+
+def parse_tokens(text: str) -> int:
+    """`"131072"`, `"128k"` (of 1,024) or `"1M"` (of 1,048,576).
+
+    Raises:
+        ConfigError: it is none of these, or 0.
+    """
+    match = _TOKENS.fullmatch(text.strip())
+    tokens = 0 if match is None else int(float(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()])
+    if tokens < 1:
+        raise ConfigError(f"{text!r} is no number of tokens; write one such as 131072, 128k or 1M")
+    return tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked for."""
+
+    gpu: Gpu
+    ranks: int
+    context_tokens: int
+    """Of each sequence."""
+    sequences: int
+    """At once."""
+    dtype: str = "bfloat16"
+    page_tokens: int = 64
+    kv_bytes_per_rank: int | None = None
+    """As `--kv-memory`; None: what the GPU has left."""
+    batch: BatchOptions = field(default_factory=BatchOptions)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"dtype is {self.dtype!r}; allowed are {', '.join(DTYPE_BYTES)}")
+        for name in ("ranks", "context_tokens", "sequences", "page_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name.replace('_', ' ')} is {getattr(self, name)}; it must be at least 1")
+        if self.ranks > 1024:
+            raise ConfigError(f"ranks is {self.ranks}; it must be at most 1024")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank, in bytes."""
+
+    weights: WeightBytes
+    activations: int
+    kv_bytes_per_token: int
+    """Of a token that this rank owns."""
+    pages: int
+    """0: the weights alone do not fit."""
+    page_tokens: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.pages * self.page_tokens * self.kv_bytes_per_token
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A number of ranks with one way to split the weights."""
+
+    ranks: int
+    split: WeightSplit
+    memory: Memory
+    cache_tokens: int
+    """That all ranks hold together."""
+    longest_context_tokens: int
+    """Of one sequence alone, no longer than the model's own limit."""
+    sequences: int
+    """Of the asked length that fit at once."""
+    decode: DecodeTime
+    prefill: PrefillTime
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.pages > 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The asked rank count with every split, and the best split for other rank counts."""
+
+    architecture: Architecture
+    question: Question
+    constants: Constants
+    asked: tuple[Deployment, ...]
+    """One for each of `WEIGHT_SPLITS`; replicated alone on one rank."""
+    by_ranks: tuple[Deployment, ...]
+    """For 1, 2, 4, ... up to the asked number of ranks: the split that fits and decodes fastest."""
+
+
+def find_architecture(model: str | Path) -> Architecture:
+    """Of a directory with a config.json, or of a hub id; weights are neither needed nor fetched."""
+    return read_architecture(resolve_config(model))
+
+
+def make_plan(architecture: Architecture, question: Question, constants: Constants) -> Plan:
+    """Work out the asked deployment, and smaller ones beside it.
+
+    Raises:
+        ConfigError: the context is longer than the model allows.
+    """
+    if question.context_tokens > architecture.max_positions:
+        raise ConfigError(
+            f"a context of {question.context_tokens:,} tokens is asked for, but the model's own limit is "
+            f"{architecture.max_positions:,}"
+        )
+    counts = sorted({1 << power for power in range(question.ranks.bit_length())} | {question.ranks})
+    by_ranks = []
+    for ranks in counts:
+        deployments = _with_every_split(architecture, question, constants, ranks)
+        able = [deployment for deployment in deployments if deployment.sequences >= question.sequences]
+        fitting = able or [deployment for deployment in deployments if deployment.fits] or deployments
+        by_ranks.append(min(fitting, key=lambda deployment: deployment.decode.total_ms))
+    asked = _with_every_split(architecture, question, constants, question.ranks)
+    return Plan(architecture, question, constants, asked, tuple(by_ranks))
+
+
+def _with_every_split(
+    architecture: Architecture, question: Question, constants: Constants, ranks: int
+) -> tuple[Deployment, ...]:
+    splits = WEIGHT_SPLITS if ranks > 1 else WEIGHT_SPLITS[:1]
+    return tuple(_deployment(architecture, question, constants, ranks, split) for split in splits)
+
+
+def _deployment(
+    architecture: Architecture, question: Question, constants: Constants, ranks: int, split: WeightSplit
+) -> Deployment:
+    dtype_bytes = DTYPE_BYTES[question.dtype]
+    whole = weight_bytes(architecture, dtype_bytes)
+    memory = _memory(architecture, question, constants, whole.on_one_of(ranks, split))
+    pages = ranks * memory.pages
+    cache_tokens = pages * question.page_tokens
+    return Deployment(
+        ranks=ranks,
+        split=split,
+        memory=memory,
+        cache_tokens=cache_tokens,
+        longest_context_tokens=min(cache_tokens, architecture.max_positions),
+        sequences=pages // -(-question.context_tokens // question.page_tokens),
+        decode=decode_time(
+            architecture, memory.weights, split, question.gpu, constants,
+            ranks=ranks, dtype_bytes=dtype_bytes,
+            context_tokens=question.context_tokens, sequences=question.sequences,
+        ),
+        prefill=prefill_time(
+            architecture, whole, split, question.gpu, constants,
+            ranks=ranks, dtype_bytes=dtype_bytes, prompt_tokens=question.context_tokens,
+        ),
+    )  # fmt: skip
+
+
+def _memory(architecture: Architecture, question: Question, constants: Constants, weights: WeightBytes) -> Memory:
+    dtype_bytes = DTYPE_BYTES[question.dtype]
+    activations = activation_bytes(architecture, question.batch, dtype_bytes)
+    kv_bytes_per_token = architecture.kv_bytes_per_token(dtype_bytes)
+    budget = question.kv_bytes_per_rank
+    if budget is None:
+        budget = int(question.gpu.memory_bytes * constants.memory_share - weights.total - activations)
+    pages = max(budget, 0) // (kv_bytes_per_token * question.page_tokens)
+    return Memory(weights, activations, kv_bytes_per_token, pages, question.page_tokens)
