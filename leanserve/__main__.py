@@ -11,6 +11,7 @@ import typer
 from leanserve import __version__
 from leanserve.bench.commands import bench_app
 from leanserve.contracts.errors import LeanServeError
+from leanserve.launch.configured_command import ConfiguredCommand, use_config_file
 
 __all__ = ["main"]
 
@@ -51,8 +52,14 @@ class AttentionChoice(StrEnum):
     portable = "portable"
 
 
+class MetricsChoice(StrEnum):
+    none = "none"
+    vllm = "vllm"
+
+
 MODEL, RANKS, MEMORY, HTTP = "Model", "Ranks and devices", "Memory and batching", "HTTP"
 FAILURES, NODES = "Failures and the end", "Several machines"
+ACCESS, LIMITS, SIGHT = "Who may ask", "Limits", "What can be seen"
 
 Ranks = Annotated[
     str,
@@ -123,23 +130,85 @@ def _count_or_auto(name: str, text: str) -> int | None:
     return int(text)
 
 
-@app.command()
+@app.command(cls=ConfiguredCommand)
 def serve(
     model: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL]", help="A checkpoint directory or a hub id. Default: the bundled model."),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="YAML with any of these options, such as port: 8001.",
+            callback=use_config_file,
+            is_eager=True,
+            dir_okay=False,
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.", rich_help_panel=HTTP)] = 8000,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="0 takes a free one.", rich_help_panel=HTTP)
+    ] = 8000,
     served_model_name: Annotated[
         str | None, typer.Option(help="The name clients use. Default: as given.", rich_help_panel=HTTP)
     ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="LEANSERVE_API_KEYS",
+            help="A key that lets a client in. Repeatable. Safer in LEANSERVE_API_KEYS or a file.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keys, one a line.", rich_help_panel=ACCESS)
+    ] = None,
+    tool_format: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|hermes|llama3|mistral",
+            help="How the model writes function calls. auto: as its chat template says.",
+            rich_help_panel=HTTP,
+        ),
+    ] = "auto",
     insecure: Annotated[
         bool,
-        typer.Option(
-            "--insecure", help="Allow an address that other machines reach; there is no key.", rich_help_panel=HTTP
-        ),
+        typer.Option("--insecure", help="Listen beyond this machine without any key.", rich_help_panel=ACCESS),
     ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help="A web site whose pages may ask, or *. Repeatable.", rich_help_panel=ACCESS
+        ),
+    ] = None,
+    max_requests_per_key: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Requests of one key in flight. Default: no limit.", rich_help_panel=LIMITS
+        ),
+    ] = None,
+    max_live_requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Prompts waiting or running; more get 503.", rich_help_panel=LIMITS)
+    ] = 4096,
+    max_live_prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens in those prompts together.", rich_help_panel=LIMITS)
+    ] = 1 << 26,
+    max_body: Annotated[
+        str, typer.Option(metavar="SIZE", help="Longest request body.", rich_help_panel=LIMITS)
+    ] = "16MiB",
+    access_log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|-", help="A JSON line for each request, without prompts; - is stderr.", rich_help_panel=SIGHT
+        ),
+    ] = None,
+    metrics_compat: Annotated[
+        MetricsChoice,
+        typer.Option(help="vllm: /metrics has vLLM's names too, for its dashboards.", rich_help_panel=SIGHT),
+    ] = MetricsChoice.none,
     ranks: Ranks = "auto",
     device: DeviceOption = DeviceChoice.auto,
     comm: CommOption = CommChoice.auto,
@@ -187,12 +256,16 @@ def serve(
 
     With no MODEL the small bundled one is served: no download, no GPU needed. Under torchrun
     (`torchrun --standalone --nproc-per-node 3 -m leanserve serve ...`) its processes are the ranks.
+
+    Every option can also stand in the environment, --port as LEANSERVE_PORT, or in the file of --config.
     """
+    from leanserve.launch.access import AccessOptions
     from leanserve.launch.front_end import ServeOptions, serve_until_stopped
     from leanserve.launch.nodes import Nodes
-    from leanserve.launch.options import LaunchOptions
+    from leanserve.launch.options import LaunchOptions, parse_bytes
     from leanserve.launch.under_torchrun import serve_under_torchrun, started_by_torchrun
     from leanserve.server.engine_client import Recovery
+    from leanserve.server.tool_calls import tool_format as find_tool_format
 
     if started_by_torchrun():
         sys.exit(serve_under_torchrun(sys.argv[1:]))
@@ -204,6 +277,18 @@ def serve(
         nodes=Nodes(count=nnodes, rank=node_rank, endpoint=rdzv_endpoint),
         recovery=Recovery(max_restarts=max_restarts, resume=resume),
         drain_timeout_s=drain_timeout,
+        access=AccessOptions(
+            keys=tuple(api_key or ()),
+            key_file=api_key_file,
+            max_requests_per_key=max_requests_per_key,
+            cors_origins=tuple(cors_origin or ()),
+        ),
+        max_live_requests=max_live_requests,
+        max_live_prompt_tokens=max_live_prompt_tokens,
+        max_body_bytes=parse_bytes(max_body),
+        access_log=access_log,
+        metrics_compat=metrics_compat is MetricsChoice.vllm,
+        tool_format=None if tool_format == "auto" else find_tool_format(tool_format),
         launch=LaunchOptions(
             model=model,
             ranks=_count_or_auto("--ranks", ranks),

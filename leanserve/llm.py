@@ -11,7 +11,7 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from leanserve.contracts.errors import EngineError, RequestError, RequestTooLongError
-from leanserve.contracts.messages import EngineInfo
+from leanserve.contracts.messages import EngineInfo, PrefillProgress
 from leanserve.contracts.sampling import FinishReason, SamplingParams
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.options import LaunchOptions
@@ -138,15 +138,24 @@ class LLM:
             for prompt, token_ids, output in zip(many, checked, outputs, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Complete one prompt, piece by piece as it is generated. Leaving the loop early stops the request."""
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        on_progress: Callable[[PrefillProgress], None] | None = None,
+    ) -> Iterator[Delta]:
+        """Complete one prompt, piece by piece as it is generated. Leaving the loop early stops the request.
+
+        `on_progress` is called, in another thread, whenever more of a long prompt is computed.
+        """
         sampling = sampling_params or SamplingParams()
         token_ids = self._check(prompt, sampling)
         queue: SimpleQueue[Delta | BaseException | None] = SimpleQueue()
 
         async def pump() -> None:
             try:
-                async for delta in self._deltas(token_ids, sampling):
+                async for delta in self._deltas(token_ids, sampling, on_progress):
                     queue.put(delta)
                 queue.put(None)
             except BaseException as error:
@@ -243,9 +252,14 @@ class LLM:
             )
         return self._tokenizer
 
-    async def _deltas(self, token_ids: list[int], sampling: SamplingParams) -> AsyncIterator[Delta]:
+    async def _deltas(
+        self,
+        token_ids: list[int],
+        sampling: SamplingParams,
+        on_progress: Callable[[PrefillProgress], None] | None = None,
+    ) -> AsyncIterator[Delta]:
         text = None if self._tokenizer is None else TextStream(self._tokenizer, stop=sampling.stop)
-        async for output in self._group.client.generate(token_ids, sampling):
+        async for output in self._group.client.generate(token_ids, sampling, on_progress=on_progress):
             new_text, stopped = ("", False) if text is None else text.push(output.token_ids)
             if stopped:
                 yield Delta(new_text, output.token_ids, "stop")
@@ -290,9 +304,19 @@ def print_completion(llm: LLM, prompt: Prompt, sampling: SamplingParams) -> None
     """Write a completion to standard output as it is generated, and its speed to standard error."""
     started = time.perf_counter()
     first_token_s, tokens = None, 0
-    for delta in llm.stream(prompt, sampling):
+    columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    reading = bar.add_task("", total=None)
+
+    def draw(progress: PrefillProgress) -> None:
+        bar.start()
+        bar.update(reading, completed=progress.processed_tokens, total=progress.total_tokens)
+
+    for delta in llm.stream(prompt, sampling, on_progress=draw):
         if first_token_s is None:
             first_token_s = time.perf_counter() - started
+            bar.stop()
         tokens += len(delta.token_ids)
         sys.stdout.write(delta.text)
         sys.stdout.flush()

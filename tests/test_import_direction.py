@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "planner": {"model"},
     "launch": {"worker", "model", "attention", "distributed", "lean_attention", "server", "engine", "bundled"},
     "llm": {"launch", "server"},
-    "bench": {"launch", "worker", "model", "attention", "distributed", "engine", "llm", "lean_attention"},
+    "bench": {"launch", "worker", "model", "attention", "distributed", "engine", "llm", "lean_attention"}
+    | {"server", "bundled"},
     "bundled": {"launch", "server"},
     "__main__": {"launch", "llm", "bench", "bundled", "loadtest", "planner", "server"},
     "__init__": {"llm"},

@@ -108,3 +108,19 @@ def recovery(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     run_recovery_bench(model=model, ranks=ranks, step_timeout_s=step_timeout, runs=runs, out=out)
+
+
+@bench_app.command()
+def frontend(
+    streams: Annotated[int, typer.Option(metavar="N", min=1, help="Streams at once.")] = 64,
+    tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each stream.")] = 500,
+) -> None:
+    """What HTTP costs: chunks a second, the idle time to a first chunk, and long prompts; no model is computed.
+
+    The chunk rate stands beside that of a bare StreamingResponse, which yields
+    ready bytes to the same number of streams in the same run, in turn.
+    """
+    from leanserve.bench.frontend import print_frontend_figures, run_frontend_bench
+
+    figures = run_frontend_bench(streams, tokens, Console(stderr=True))
+    print_frontend_figures(figures, Console())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from leanserve.contracts.kv_sharding import PageGrant
+from leanserve.contracts.messages import Logprobs
 from leanserve.contracts.sampling import SamplingParams
 
 __all__ = ["Batch", "IdleCheck", "NewSequence", "Row", "StepResult", "Stop", "step_checksum"]
@@ -22,6 +23,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     sampling: SamplingParams
     seed: int
     """The seed in force: the request's own, or the one drawn for it on rank 0."""
+    num_scored_tokens: int = 0
+    """Of a request with `prompt_logprobs`: how many prompt tokens have theirs from before a preemption."""
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -64,10 +67,18 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
-    """What rank 0's worker gives back: one token per sampling row, in row order."""
+    """What rank 0's worker gives back: one token per sampling row, in row order, and what belongs to it."""
 
     step: int
     token_ids: list[int]
+    logprobs: dict[int, Logprobs] = {}
+    """By place in token_ids: of the tokens whose requests asked for `logprobs`."""
+    prompt_logprobs: dict[int, Logprobs] = {}
+    """By sequence id: of the prompt tokens that this step scored."""
+    complete: set[int] = set()
+    """Sequences whose structured output is complete with the token they got: nothing may follow."""
+    failed: dict[int, str] = {}
+    """Sequences that cannot go on, alone, and why; a token of theirs in token_ids means nothing."""
 
 
 def step_checksum(step: int, token_ids: Sequence[int]) -> int:

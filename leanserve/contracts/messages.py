@@ -1,6 +1,10 @@
 """What the front end and the engine on rank 0 say to each other, as msgpack over one ZMQ socket pair; and what every
 rank tells the front end of itself, on a socket of its own."""
 
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import msgspec
 
 from leanserve.contracts.config import EngineConfig
@@ -16,11 +20,14 @@ __all__ = [
     "FromRank",
     "Hello",
     "Loading",
+    "Logprobs",
+    "PrefillProgress",
     "Pulse",
     "RankFailed",
     "Shutdown",
     "Submit",
     "ToEngine",
+    "TokenLogprobs",
     "TokenOutput",
     "TokenOutputs",
     "decode_from_engine",
@@ -112,6 +119,64 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     """Another attempt would end the same way: an option or the checkpoint is wrong."""
 
 
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural log-probabilities of some tokens in a row, column by column, in native byte order.
+
+    They are the model's own: the log-softmax of its logits in float32, before temperature, penalties or masks.
+    """
+
+    num_top: int
+    """Most likely tokens told for each token, k."""
+    chosen: bytes
+    """float32 [tokens]: of the token itself."""
+    ranks: bytes
+    """int32 [tokens]: how many tokens are more likely than it, plus one."""
+    top_token_ids: bytes
+    """int32 [tokens, k], the most likely first, ties by id."""
+    top: bytes
+    """float32 [tokens, k]."""
+
+    def __len__(self) -> int:
+        return len(self.chosen) // 4
+
+    def row(self, index: int) -> "Logprobs":
+        """Those of one token."""
+        one, k = slice(4 * index, 4 * index + 4), 4 * self.num_top
+        several = slice(k * index, k * index + k)
+        return Logprobs(self.num_top, self.chosen[one], self.ranks[one], self.top_token_ids[several], self.top[several])
+
+    @classmethod
+    def join(cls, parts: "Sequence[Logprobs]") -> "Logprobs":
+        """Those of all parts' tokens, in order; each part has the same `num_top`."""
+        return cls(
+            parts[0].num_top,
+            b"".join([part.chosen for part in parts]),
+            b"".join([part.ranks for part in parts]),
+            b"".join([part.top_token_ids for part in parts]),
+            b"".join([part.top for part in parts]),
+        )
+
+    def rows(self) -> "list[TokenLogprobs]":
+        """The same, token by token."""
+        chosen, top = array("f", self.chosen), array("f", self.top)
+        ranks, top_token_ids = array("i", self.ranks), array("i", self.top_token_ids)
+        k = self.num_top
+        return [
+            TokenLogprobs(
+                chosen[i], ranks[i], list(zip(top_token_ids[i * k : i * k + k], top[i * k : i * k + k], strict=True))
+            )
+            for i in range(len(chosen))
+        ]
+
+
+class TokenLogprobs(NamedTuple):
+    """One token's log-probability, its rank (1 is the most likely), and the most likely tokens with theirs."""
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request."""
 
@@ -124,6 +189,23 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """With finish_reason "stop": the token that ended it (also the last of token_ids)."""
     cached_tokens: int = 0
     """In the request's first output that has tokens: how many prompt tokens the prefix cache held."""
+    logprobs: Logprobs | None = None
+    """Of token_ids, for a request that asked for `logprobs`."""
+    prompt_logprobs: Logprobs | None = None
+    """For a request that asked for `prompt_logprobs`: of its prompt tokens from the second on, a part with each step's
+    output, in order. All of them have come before, or with, the first token."""
+
+
+class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):
+    """How far a request's prompt is, after a step that computed a part of it but not its end."""
+
+    request_id: str
+    cached_tokens: int
+    """Of the prompt, found in the prefix cache when it was first admitted."""
+    processed_tokens: int
+    """In the KV cache now, found or computed."""
+    total_tokens: int
+    """To be there before the next token: the prompt; after a preemption, what was generated as well."""
 
 
 class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
@@ -137,6 +219,8 @@ class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
     """Pages referenced by live sequences."""
     preemptions: int
     """Since start."""
+    prefills: tuple[PrefillProgress, ...] = ()
+    """Requests in the middle of their prompts that this step has brought forward."""
 
 
 class Pulse(msgspec.Struct, frozen=True, tag="pulse"):

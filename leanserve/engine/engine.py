@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.errors import EngineError, RequestError
-from leanserve.contracts.messages import Submit, TokenOutput, TokenOutputs
+from leanserve.contracts.messages import PrefillProgress, Submit, TokenOutput, TokenOutputs
 from leanserve.contracts.sampling import FinishReason
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
@@ -26,6 +26,8 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._live: dict[str, Sequence] = {}
         self._next_sequence_id = 1
+        self._prefills: tuple[PrefillProgress, ...] = ()
+        """Of the newest step, until it is reported."""
 
     @property
     def has_work(self) -> bool:
@@ -91,6 +93,7 @@ class Engine:
     def report(self, outputs: list[TokenOutput]) -> TokenOutputs:
         """`outputs` with the load as it is now."""
         scheduler = self._scheduler
+        prefills, self._prefills = self._prefills, ()
         return TokenOutputs(
             step=scheduler.step,
             outputs=outputs,
@@ -98,6 +101,7 @@ class Engine:
             waiting=scheduler.num_waiting,
             pages_used_per_rank=scheduler.pages_used_per_rank,
             preemptions=scheduler.preemptions,
+            prefills=prefills,
         )
 
     def _finish(self, batch: Batch, result: StepResult) -> list[TokenOutput]:
@@ -115,6 +119,7 @@ class Engine:
                 outputs.append(TokenOutput(sequence.request_id, [token_id], cached_tokens=cached_tokens))
             else:
                 outputs.append(self._end(sequence, reason, None, token_id))
+        self._prefills = tuple(_progress(sequence) for sequence in self._scheduler.prefilling(batch))
         return outputs
 
     def _end(
@@ -130,6 +135,12 @@ class Engine:
             stop_token_id=token_id if reason == "stop" else None,
             cached_tokens=0 if token_id is None else _cached_tokens_to_tell(sequence),
         )
+
+
+def _progress(sequence: Sequence) -> PrefillProgress:
+    return PrefillProgress(
+        sequence.request_id, sequence.cached_tokens or 0, sequence.num_computed_tokens, sequence.num_tokens
+    )
 
 
 def _cached_tokens_to_tell(sequence: Sequence) -> int:

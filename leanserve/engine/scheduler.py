@@ -128,6 +128,10 @@ class Scheduler:
                 sampled.append((sequence, next(token_ids)))
         return sampled
 
+    def prefilling(self, batch: Batch) -> list[Sequence]:
+        """The sequences that a completed batch left in the middle of their prompts."""
+        return [self._running[row.sequence_id] for row in batch.rows if not row.samples]
+
     def _decode_rows(self, grants: list[PageGrant]) -> list[Row]:
         """One row for each running sequence that lacks nothing but its newest token, oldest first."""
         rows: list[Row] = []

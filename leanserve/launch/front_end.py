@@ -1,7 +1,6 @@
 """The process a user starts with `leanserve serve`: HTTP and text here, ranks as children. Imports no torch."""
 
 import asyncio
-import ipaddress
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from leanserve import __version__
 from leanserve.bundled import EXAMPLE_PROMPT
 from leanserve.contracts.errors import ConfigError, EngineError
 from leanserve.contracts.messages import EngineInfo
+from leanserve.launch.access import AccessOptions, is_loopback
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
@@ -26,10 +26,13 @@ from leanserve.launch.ranks_process import RUN_DIR_VARIABLE
 from leanserve.launch.under_torchrun import AGENT_PID_VARIABLE, PULSE_HOST_VARIABLE
 from leanserve.model.architecture import read_architecture
 from leanserve.server.app import create_app
+from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.engine_client import EngineClient, Recovery
 from leanserve.server.http_server import bind_socket, serve_http
+from leanserve.server.logs import open_access_log
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
+from leanserve.server.tool_calls import ToolFormat
 
 __all__ = ["ServeOptions", "serve_until_stopped", "show_loading"]
 
@@ -46,28 +49,44 @@ class ServeOptions:
     served_model_name: str | None = None
     insecure: bool = False
     """Listen beyond this machine although nobody has to show a key."""
+    access: AccessOptions = field(default_factory=AccessOptions)
+    max_live_requests: int = 4096
+    max_live_prompt_tokens: int = 1 << 26
+    max_body_bytes: int = 16 << 20
+    access_log: str | None = None
+    """A file, or - for standard error."""
+    metrics_compat: bool = False
+    tool_format: ToolFormat | None = None
+    """None: as the chat template says."""
     nodes: Nodes = field(default_factory=Nodes)
     recovery: Recovery = field(default_factory=lambda: Recovery(max_restarts=5))
     drain_timeout_s: float = 30.0
     """After Ctrl-C or SIGTERM, how long live requests may go on before they end with an error."""
 
     def __post_init__(self) -> None:
-        if not (self.insecure or _is_loopback(self.host)):
+        if not (self.insecure or self.access.has_keys or is_loopback(self.host)):
             raise ConfigError(
-                f"host {self.host} can be reached from other machines, and this server asks nobody for a key; use "
-                "127.0.0.1 behind a proxy that does, or add --insecure"
+                f"host {self.host} can be reached from other machines, and this server asks nobody for a key; give "
+                "keys with --api-key-file, use 127.0.0.1 behind a proxy that asks, or add --insecure"
             )
+
+    def server_settings(self) -> ServerSettings:
+        """Raises: ConfigError for keys that cannot be read or used, or a setting out of range."""
+        return ServerSettings(
+            model_names=(self.model_name,),
+            max_body_bytes=self.max_body_bytes,
+            max_live_requests=self.max_live_requests,
+            max_live_prompt_tokens=self.max_live_prompt_tokens,
+            key_digests=self.access.digests(),
+            max_requests_per_key=self.access.max_requests_per_key,
+            cors_origins=self.access.cors_origins,
+            metrics_compat=self.metrics_compat,
+            tool_format=self.tool_format,
+        )
 
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.launch.model or BUNDLED_NAME
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def serve_until_stopped(options: ServeOptions) -> int:
@@ -79,10 +98,14 @@ def serve_until_stopped(options: ServeOptions) -> int:
     if options.nodes.rank > 0:
         return _run_ranks_only(options)
     console = Console(stderr=True, highlight=False)
+    settings = options.server_settings()
+    if options.access_log is not None:
+        open_access_log(options.access_log)
     listener = bind_socket(options.host, options.port)
     model_dir = options.launch.find_model()
     architecture = read_architecture(model_dir)
     tokenizer = Tokenizer.from_dir(model_dir)
+    chat_template = ChatTemplate.from_dir(model_dir)
     config = options.launch.engine_config(model_dir)
     agent_pid = os.environ.get(AGENT_PID_VARIABLE)
     if agent_pid is None:
@@ -105,7 +128,7 @@ def serve_until_stopped(options: ServeOptions) -> int:
         recovery=options.recovery,
         pulse_host=os.environ.get(PULSE_HOST_VARIABLE),
     )
-    app = create_app(group.client, tokenizer, ServerSettings(model_names=(options.model_name,)))
+    app = create_app(group.client, tokenizer, settings, chat_template)
     return asyncio.run(_serve(group, app, listener, options, console, has_text=tokenizer is not None))
 
 

@@ -3,10 +3,13 @@
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from leanserve import __version__
 from leanserve.contracts.errors import LeanServeError
+from leanserve.server.auth import KeyGate
+from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.engine_client import EngineClient
 from leanserve.server.errors import error_reply, plain_reply
 from leanserve.server.middleware import BodyLimit, RequestBoundary
@@ -18,15 +21,21 @@ from leanserve.server.tokenizer import Tokenizer
 __all__ = ["create_app"]
 
 
-def create_app(client: EngineClient, tokenizer: Tokenizer | None, settings: ServerSettings) -> FastAPI:
+def create_app(
+    client: EngineClient,
+    tokenizer: Tokenizer | None,
+    settings: ServerSettings,
+    chat_template: ChatTemplate | None = None,
+) -> FastAPI:
     """The ASGI application. `app.state.serving` is its `Serving`.
 
     Args:
         client: started, in the event loop that will serve the application.
         tokenizer: None serves token ids only.
         settings: names and limits.
+        chat_template: None: the chat route says that there is none.
     """
-    serving = Serving(client, tokenizer, settings)
+    serving = Serving(client, tokenizer, settings, chat_template)
     app = FastAPI(
         title="LeanServe",
         version=__version__,
@@ -40,7 +49,22 @@ def create_app(client: EngineClient, tokenizer: Tokenizer | None, settings: Serv
     app.add_exception_handler(HTTPException, _of_the_router)
     app.add_exception_handler(RequestValidationError, _of_a_path)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-    app.add_middleware(RequestBoundary, serving=serving)  # the outermost
+    if settings.key_digests:
+        app.add_middleware(
+            KeyGate,
+            digests=settings.key_digests,
+            max_requests_per_key=settings.max_requests_per_key,
+            page=serving.page,
+        )
+    if settings.cors_origins:  # outside the gate: browsers ask without a key whether they may send one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("Authorization", "Content-Type", "X-Request-Id"),
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
+    app.add_middleware(RequestBoundary, counts=serving.counts)  # the outermost
     return app
 
 

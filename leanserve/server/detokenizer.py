@@ -32,6 +32,7 @@ class TextStream:
         prompt_token_ids: the prompt, or its last tokens.
         skip_special_tokens: leave out tokens such as `</s>`.
         include_stop: end the text after the stop string instead.
+        min_tokens: a stop string that is complete before so many tokens is only text.
     """
 
     def __init__(
@@ -42,11 +43,14 @@ class TextStream:
         *,
         skip_special_tokens: bool = True,
         include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._include_stop = include_stop
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._max_held_chars = max((len(s) for s in self._stop), default=1) - 1
         self._held_text = ""  # decoded, and may be the beginning of a stop string
         self._shown = self._context(prompt_token_ids)  # tokens whose text is out: the left neighbour of ...
@@ -57,6 +61,7 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, bool]:
         """New tokens in, new text out, and whether a stop string has been found; nothing may be pushed after that."""
+        self._num_tokens += len(token_ids)
         return self._scan("".join([self._advance(token_id) for token_id in token_ids]))
 
     def finish(self) -> str:
@@ -96,7 +101,7 @@ class TextStream:
 
     def _scan(self, new: str) -> tuple[str, bool]:
         """Find the stop string that is complete first (of those, the one that begins first), or let safe text go."""
-        if not self._stop:
+        if not self._stop or self._num_tokens < self._min_tokens:
             return new, False
         text = self._held_text + new
         found: tuple[int, int, str] | None = None

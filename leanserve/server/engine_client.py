@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from uuid import uuid4
@@ -29,17 +29,19 @@ from leanserve.contracts.messages import (
     FromRank,
     Hello,
     Loading,
+    PrefillProgress,
     Pulse,
     Shutdown,
     TokenOutput,
     TokenOutputs,
 )
-from leanserve.contracts.sampling import SamplingParams
+from leanserve.contracts.sampling import FinishReason, SamplingParams
 from leanserve.server.engine_socket import EngineSocket
-from leanserve.server.live_requests import LiveRequest, LiveRequests
+from leanserve.server.live_requests import TOKEN_ID_BYTES, LiveRequest, LiveRequests
 from leanserve.server.output_stream import OutputStream
 from leanserve.server.rank_health import RankHealth
 from leanserve.server.restart_budget import WINDOW_S, RestartBudget
+from leanserve.server.statistics import RequestStatistics
 
 __all__ = ["EngineClient", "EngineLoad", "EngineState", "Recovery", "token_bytes"]
 
@@ -110,6 +112,7 @@ class EngineClient:
         self.failure: str | None = None
         """Why the engine failed, while it has."""
         self.load = EngineLoad()
+        self.statistics = RequestStatistics()
         self.health = RankHealth(step_timeout_s)
         self.live = LiveRequests()
         self.attempt = 0
@@ -155,33 +158,49 @@ class EngineClient:
         return self.failure or "the engine failed"
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str | None = None,
+        on_progress: Callable[[PrefillProgress], None] | None = None,
     ) -> AsyncGenerator[TokenOutput]:
         """Outputs of one request until its finish_reason is set. Close the generator (`aclose`) to stop it early.
 
-        Stop strings are not looked for here: see `TextStream`.
+        Stop strings are not looked for here: see `TextStream`. `on_progress` is called after each step that computed a
+        part of the prompt, but not its end.
 
         Raises:
-            OverloadedError: the engine is still loading.
+            OverloadedError: the engine is still loading, or being started again.
             EngineError: the engine failed, before or during the request.
         """
         stream = self.open_stream()
+        stream.wakes_on_progress = on_progress is not None
+        request_id = request_id or uuid4().hex
         try:
-            stream.submit(request_id or uuid4().hex, token_bytes(prompt_token_ids), sampling)
+            stream.submit(request_id, token_bytes(prompt_token_ids), sampling)
             while not stream.finished:
                 output = await stream.next()
                 if output is not None:
                     yield output
+                elif on_progress is not None:
+                    on_progress(stream.progress[request_id])
         finally:
             stream.abort()
 
-    def open_stream(self) -> OutputStream:
-        return OutputStream(self._submit, self._abort, self._max_queued_tokens)
+    def open_stream(self, *, arrived_at: float | None = None) -> OutputStream:
+        """`arrived_at` is when the requests that will be submitted came in, by `time.perf_counter`; None: now."""
+        return OutputStream(self._submit, self._abort, self._max_queued_tokens, arrived_at)
 
     @property
     def live_requests(self) -> int:
         """Requests submitted and not yet ended."""
         return len(self.live)
+
+    @property
+    def live_prompt_tokens(self) -> int:
+        """Tokens in their prompts."""
+        return self.live.prompt_tokens
 
     @property
     def silent_s(self) -> float:
@@ -276,12 +295,17 @@ class EngineClient:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
         if not self.live:
             self._heard_at = time.monotonic()
-        submit = self.live.add(LiveRequest(request_id, prompt_token_ids, sampling, stream))
+        times = self.statistics.submitted(stream.arrived_at, len(prompt_token_ids) // TOKEN_ID_BYTES)
+        submit = self.live.add(LiveRequest(request_id, prompt_token_ids, sampling, stream, times))
         if submit is not None and not self._socket.send(submit):
             self.live.remove(request_id)
             raise EngineError("the engine is not connected")
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, reason: FinishReason) -> None:
+        request = self.live.get(request_id)
+        if request is None:
+            return
+        self.statistics.ended(request.times, reason)
         wire_id = self.live.remove(request_id)
         if wire_id is not None:
             self._socket.send(Abort(wire_id))
@@ -296,6 +320,7 @@ class EngineClient:
     def _end_live(self, message: str) -> None:
         requests = list(self.live)
         for request in requests:
+            self.statistics.ended(request.times, "error")
             self.live.remove(request.request_id)
         for stream in {request.stream for request in requests}:
             stream.fail(EngineError(f"the engine stopped: {_first_line(message)}"))
@@ -371,11 +396,21 @@ class EngineClient:
         self.load = EngineLoad(
             message.step, message.running, message.waiting, message.pages_used_per_rank, message.preemptions
         )
+        now = self.statistics.step()
+        for progress in message.prefills:
+            if (told := self.live.at_engine(progress.request_id)) is not None:
+                self.statistics.scheduled(told.times)
+                told.stream.put_progress(msgspec.structs.replace(progress, request_id=told.request_id))
         for output in message.outputs:
             received = self.live.receive(output)
-            if received is not None:  # else aborted while this was on its way
-                request, output = received
-                request.stream.put(output)
+            if received is None:  # aborted while this was on its way
+                continue
+            request, output = received
+            if output.token_ids:
+                self.statistics.delivered(request.times, len(output.token_ids), output.cached_tokens, now)
+            if output.finish_reason is not None:
+                self.statistics.ended(request.times, output.finish_reason)
+            request.stream.put(output)
         if self.live.on_probation is not None:
             self._resume()
 

@@ -5,14 +5,18 @@ from dataclasses import dataclass, field
 import orjson
 import pydantic
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedError, RequestError
+from leanserve.server.request_facts import facts_of
 
 __all__ = [
     "BodyTooLargeError",
+    "BusyKeyError",
     "DeadlineError",
     "ErrorReply",
     "NotFoundError",
+    "UnauthorizedError",
     "error_reply",
     "plain_reply",
     "validation_error",
@@ -37,6 +41,25 @@ class DeadlineError(RequestError):
     """The request did not arrive in time."""
 
 
+class UnauthorizedError(RequestError):
+    """No key, or one that this server does not know."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this server wants an API key that it knows: send the header Authorization: Bearer KEY",
+            code="invalid_api_key",
+        )
+
+
+class BusyKeyError(RequestError):
+    """One key has as many requests in flight as one may have."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"this API key has {limit} requests in flight, the limit; wait for one to end", code="rate_limit_exceeded"
+        )
+
+
 @dataclass(frozen=True)
 class ErrorReply:
     """An error as a client sees it."""
@@ -55,12 +78,27 @@ class ErrorReply:
         return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        return Response(orjson.dumps(self.body()), self.status, self.headers, media_type="application/json")
+        return _ErrorResponse(self)
+
+
+class _ErrorResponse(Response):
+    def __init__(self, reply: ErrorReply) -> None:
+        super().__init__(orjson.dumps(reply.body()), reply.status, reply.headers, media_type="application/json")
+        self._code = reply.code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        facts_of(scope).error_code = self._code
+        await super().__call__(scope, receive, send)
 
 
 def error_reply(error: Exception) -> ErrorReply:
     """Map any exception. Errors that are not ours say nothing of what went wrong inside."""
     match error:
+        case UnauthorizedError():
+            challenge = {"WWW-Authenticate": "Bearer"}
+            return ErrorReply(401, str(error), "authentication_error", code=error.code, headers=challenge)
+        case BusyKeyError():
+            return ErrorReply(429, str(error), "rate_limit_error", code=error.code, headers={"Retry-After": "1"})
         case RequestError():
             statuses = {NotFoundError: 404, DeadlineError: 408, BodyTooLargeError: 413}
             status = next((statuses[kind] for kind in type(error).__mro__ if kind in statuses), 400)

@@ -108,6 +108,7 @@ async def serve_http(
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
+    warming = asyncio.create_task(serving.start())
     try:
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
         await serving.drain(grace_s, hurry or asyncio.Event())
@@ -115,6 +116,8 @@ async def serve_http(
         server.should_exit = True
         stopping.cancel()
         await running
+        await warming
+        await serving.close()
 
 
 class _Server(uvicorn.Server):

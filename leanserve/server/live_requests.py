@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from leanserve.contracts.messages import Submit, TokenOutput
+from leanserve.contracts.messages import Logprobs, Submit, TokenOutput
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.output_stream import OutputStream
+from leanserve.server.statistics import RequestTimes
 
-__all__ = ["LiveRequest", "LiveRequests"]
+__all__ = ["TOKEN_ID_BYTES", "LiveRequest", "LiveRequests"]
+
+TOKEN_ID_BYTES = 4
 
 
 @dataclass(eq=False)
@@ -23,8 +26,13 @@ class LiveRequest:
     sampling: SamplingParams
     """With a seed, unless it is greedy: so it goes on the same on another engine."""
     stream: OutputStream
+    times: RequestTimes
     output_token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     """Every token received so far."""
+    prompt_rows: int = 0
+    """Prompt tokens whose log-probabilities have been received, from any engine ..."""
+    prompt_rows_of_engine: int = 0
+    """... and from the present one, which computes all of them again."""
     submissions: int = 0
     """How many engines it was given to."""
 
@@ -33,9 +41,14 @@ class LiveRequest:
         """Its name at the engine: another one for every engine, so that late words of a dead one reach nobody."""
         return self.request_id if self.submissions <= 1 else f"{self.request_id}~{self.submissions}"
 
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids) // self.output_token_ids.itemsize
+    def new_rows(self, part: Logprobs) -> Logprobs | None:
+        """Of the next part of the prompt's log-probabilities, what no engine told before."""
+        known = min(max(self.prompt_rows - self.prompt_rows_of_engine, 0), len(part))
+        self.prompt_rows_of_engine += len(part)
+        self.prompt_rows = max(self.prompt_rows, self.prompt_rows_of_engine)
+        if known == 0:
+            return part
+        return Logprobs.join([part.row(index) for index in range(known, len(part))]) if known < len(part) else None
 
     def as_submit(self) -> Submit:
         return Submit(self.wire_id, self.prompt_token_ids, self.sampling, self.output_token_ids.tobytes())
@@ -59,10 +72,8 @@ class LiveRequests:
         self._newcomers: list[LiveRequest] = []
         self.on_probation: LiveRequest | None = None
         self._tokens_before_probation = 0
-        self.queued = 0
-        """Requests without a first token."""
-        self.queued_prompt_tokens = 0
-        """The tokens of their prompts."""
+        self.prompt_tokens = 0
+        """Tokens of all their prompts."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -73,12 +84,15 @@ class LiveRequests:
     def get(self, request_id: str) -> LiveRequest | None:
         return self._by_id.get(request_id)
 
+    def at_engine(self, wire_id: str) -> LiveRequest | None:
+        """The request that the present engine knows by this name."""
+        return self._by_wire_id.get(wire_id)
+
     def add(self, request: LiveRequest) -> Submit | None:
         """Take a new request in. Returns what to tell the engine; None: its turn comes later."""
         assert request.request_id not in self._by_id, "request ids are ours and unique"
         self._by_id[request.request_id] = request
-        self.queued += 1
-        self.queued_prompt_tokens += request.prompt_tokens
+        self.prompt_tokens += request.times.prompt_tokens
         if self.on_probation is not None:  # it must not be taken for the one that is
             self._newcomers.append(request)
             return None
@@ -89,8 +103,7 @@ class LiveRequests:
         request = self._by_id.pop(request_id, None)
         if request is None:
             return None
-        if not request.output_token_ids:
-            self._leave_queue(request)
+        self.prompt_tokens -= request.times.prompt_tokens
         return request.wire_id if self._by_wire_id.pop(request.wire_id, None) is not None else None
 
     def receive(self, output: TokenOutput) -> tuple[LiveRequest, TokenOutput] | None:
@@ -98,9 +111,9 @@ class LiveRequests:
         request = self._by_wire_id.get(output.request_id)
         if request is None:
             return None
-        if output.token_ids and not request.output_token_ids:
-            self._leave_queue(request)
         request.output_token_ids.extend(output.token_ids)
+        if output.prompt_logprobs is not None:
+            output = msgspec.structs.replace(output, prompt_logprobs=request.new_rows(output.prompt_logprobs))
         if output.finish_reason is not None:
             self.remove(request.request_id)
         if output.request_id != request.request_id:
@@ -112,7 +125,7 @@ class LiveRequests:
         culprit, self.on_probation = self.on_probation, None
         self._by_wire_id.clear()
         self._newcomers.clear()
-        self._suspects = deque(sorted(self, key=lambda r: r.prompt_tokens + len(r.output_token_ids)))
+        self._suspects = deque(sorted(self, key=lambda r: r.times.prompt_tokens + len(r.output_token_ids)))
         return culprit if culprit is not None and culprit.request_id in self._by_id else None
 
     def to_resume(self) -> list[Submit]:
@@ -137,9 +150,6 @@ class LiveRequests:
 
     def _hand_over(self, request: LiveRequest) -> Submit:
         request.submissions += 1
+        request.prompt_rows_of_engine = 0
         self._by_wire_id[request.wire_id] = request
         return request.as_submit()
-
-    def _leave_queue(self, request: LiveRequest) -> None:
-        self.queued -= 1
-        self.queued_prompt_tokens -= request.prompt_tokens

@@ -10,10 +10,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from leanserve.server.errors import BodyTooLargeError, DeadlineError, ErrorReply, error_reply
-from leanserve.server.logs import access_logger, log_internal_error, printable
-from leanserve.server.serving import Serving
+from leanserve.server.logs import log_access, log_internal_error, printable
+from leanserve.server.metrics import HttpCounts
+from leanserve.server.request_facts import RequestFacts, facts_of
+from leanserve.server.statistics import Phase
 
-__all__ = ["BodyLimit", "RequestBoundary"]
+__all__ = ["BodyLimit", "ClientLeft", "RequestBoundary", "refuse_unread"]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LINGER_S = 1.0
@@ -23,9 +25,9 @@ _LINGER_S = 1.0
 class RequestBoundary:
     """Gives a request its id, logs it without its content, and turns whatever escapes into a 500 that says nothing."""
 
-    def __init__(self, app: ASGIApp, serving: Serving) -> None:
+    def __init__(self, app: ASGIApp, counts: HttpCounts) -> None:
         self._app = app
-        self._serving = serving
+        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,7 +35,7 @@ class RequestBoundary:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
-        began = time.perf_counter()
+        facts = scope["leanserve"] = RequestFacts(request_id, time.perf_counter())
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -45,8 +47,10 @@ class RequestBoundary:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientLeft as left:
+            self._counts.disconnects[left.phase] += 1
         except ClientDisconnect:
-            self._serving.counts["disconnects"] += 1
+            self._counts.disconnects["body"] += 1
         except Exception as error:
             log_internal_error(error)
             if status == 0:
@@ -54,15 +58,33 @@ class RequestBoundary:
             else:
                 raise RuntimeError("an answer broke off; the cause is logged above") from None
         finally:
-            self._serving.counts[f"status_{status or 499}"] += 1
-            access_logger.info(
-                "%s %s %s %.3fs id=%s",
-                printable(scope["method"]),
-                printable(scope["path"]),
-                status or 499,
-                time.perf_counter() - began,
-                request_id,
-            )
+            self._note(scope, facts, status or 499)
+
+    def _note(self, scope: Scope, facts: RequestFacts, status: int) -> None:
+        route: str = getattr(scope.get("route"), "path", "none")
+        self._counts.responses[route, status] += 1
+        if facts.error_code is not None:
+            self._counts.errors[facts.error_code] += 1
+        log_access(
+            id=facts.request_id,
+            client=scope["client"][0] if scope.get("client") else None,
+            key=facts.key,
+            method=printable(scope["method"]),
+            path=printable(scope["path"]),
+            status=status,
+            error=facts.error_code,
+            duration_ms=round((time.perf_counter() - facts.arrived_at) * 1000, 1),
+            prompt_tokens=facts.prompt_tokens,
+            completion_tokens=facts.completion_tokens,
+        )
+
+
+class ClientLeft(ClientDisconnect):
+    """The client went away while its requests were at the engine."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self.phase: Phase = phase
 
 
 class BodyLimit:
@@ -79,7 +101,7 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._max_bytes):
-            await _refuse(error_reply(BodyTooLargeError(self._max_bytes)), receive, send)
+            await refuse_unread(error_reply(BodyTooLargeError(self._max_bytes)), scope, receive, send)
             return
         seen = 0
         is_complete = False
@@ -108,7 +130,7 @@ class BodyLimit:
         except _Refused as error:
             refusal = error_reply(error.reason)
         if refusal is not None:
-            await _refuse(refusal, receive, send)
+            await refuse_unread(refusal, scope, receive, send)
 
 
 class _Refused(BaseException):
@@ -119,8 +141,9 @@ class _Refused(BaseException):
         self.reason = reason
 
 
-async def _refuse(reply: ErrorReply, receive: Receive, send: Send) -> None:
-    """Answer, go on reading for a moment, then close the connection."""
+async def refuse_unread(reply: ErrorReply, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer before the body is here, go on reading for a moment, then close the connection."""
+    facts_of(scope).error_code = reply.code
     response = reply.response()
     response.headers["Connection"] = "close"
     await send({"type": "http.response.start", "status": reply.status, "headers": response.raw_headers})

@@ -5,8 +5,9 @@ from collections import deque
 from collections.abc import Callable
 
 from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedError
-from leanserve.contracts.messages import TokenOutput
-from leanserve.contracts.sampling import SamplingParams
+from leanserve.contracts.messages import PrefillProgress, TokenOutput
+from leanserve.contracts.sampling import FinishReason, SamplingParams
+from leanserve.server.statistics import Phase
 
 __all__ = ["OutputStream"]
 
@@ -29,9 +30,18 @@ class OutputStream:
     def __init__(
         self,
         submit: Callable[["OutputStream", str, bytes, SamplingParams], None],
-        abort: Callable[[str], None],
+        abort: Callable[[str, FinishReason], None],
         max_queued_tokens: int,
+        arrived_at: float | None = None,
     ) -> None:
+        self.arrived_at = arrived_at
+        """When the requests came in; None: when they are submitted."""
+        self.progress: dict[str, PrefillProgress] = {}
+        """The newest of each request whose prompt is being computed."""
+        self.phase: Phase = "queued"
+        """Of the request that is furthest."""
+        self.wakes_on_progress = False
+        """Whether `next` returns None early when `progress` has changed."""
         self._submit_to_engine = submit
         self._abort_at_engine = abort
         self._max_queued_tokens = max_queued_tokens
@@ -74,11 +84,14 @@ class OutputStream:
             raise error
         return None
 
-    def abort(self, request_id: str | None = None) -> None:
-        """Stop one request, or all; harmless for those that have ended. Outputs not read yet are dropped."""
+    def abort(self, request_id: str | None = None, *, reason: FinishReason = "abort") -> None:
+        """Stop one request, or all; harmless for those that have ended. Outputs not read yet are dropped.
+
+        `reason` is what statistics say: "stop" for a request whose text is complete.
+        """
         ending = self._live & {request_id} if request_id is not None else self._live
         for ended in ending:
-            self._abort_at_engine(ended)
+            self._abort_at_engine(ended, reason)
         if request_id is None:
             self._live.clear()
             self._queue.clear()
@@ -88,8 +101,18 @@ class OutputStream:
             self._queue = deque(output for output in self._queue if output.request_id != request_id)
         self._queued_tokens = sum(len(output.token_ids) for output in self._queue)
 
+    def put_progress(self, progress: PrefillProgress) -> None:
+        """The engine's side: the prompt of one of the live requests is so far."""
+        self.progress[progress.request_id] = progress
+        if self.phase == "queued":
+            self.phase = "prefill"
+        if self.wakes_on_progress:
+            self._wake()
+
     def put(self, output: TokenOutput) -> None:
         """The engine's side: an output of one of the live requests."""
+        self.phase = "decode"
+        self.progress.pop(output.request_id, None)
         if output.finish_reason is not None:
             self._live.discard(output.request_id)
         if output.finish_reason in ("error", "abort"):
@@ -113,7 +136,7 @@ class OutputStream:
         if self._error is not None:
             return
         for request_id in self._live:
-            self._abort_at_engine(request_id)
+            self._abort_at_engine(request_id, "error")
         self._live.clear()
         if drop_queue:
             self._queue.clear()

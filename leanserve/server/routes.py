@@ -2,25 +2,23 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Any, TypeVar
 
-import orjson
+import numpy as np
 from fastapi import APIRouter, Request
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from leanserve import __version__
-from leanserve.contracts.errors import EngineError, RequestError
-from leanserve.server.completions import Completion, Piece
-from leanserve.server.output_stream import OutputStream
-from leanserve.server.protocol import CompletionRequest, DetokenizeRequest, ErrorBody, TokenizeRequest
+from leanserve.contracts.errors import EngineError
+from leanserve.server.chat import prepare_chat
+from leanserve.server.chat_request import ChatRequest, TokenizeRequest
+from leanserve.server.completion_body import read_completion
+from leanserve.server.completion_request import CompletionRequest
+from leanserve.server.completions import Completion
+from leanserve.server.protocol import DetokenizeRequest, ErrorBody
+from leanserve.server.respond import json_body, json_response, respond
 from leanserve.server.serving import Serving, check_token_ids
-from leanserve.server.sse import EventStream, completion_events
 
 __all__ = ["build_router"]
-
-_T = TypeVar("_T")
 
 
 def build_router(serving: Serving) -> APIRouter:
@@ -34,52 +32,52 @@ def build_router(serving: Serving) -> APIRouter:
 
     @router.post("/v1/completions", openapi_extra={"requestBody": CompletionRequest.openapi()})
     async def completions(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        body = CompletionRequest.parse(await _json_body(request))
-        serving.counts["unknown_fields"] += body.unknown_fields
+        body, given = await read_completion(await json_body(request))
+        serving.counts.unknown_fields += body.unknown_fields
         serving.check_model(body.model)
         sampling = body.sampling()
-        info = serving.admit(1)
-        prompts = await serving.prepare(body, sampling, info)
-        serving.admit(len(prompts))  # again: tokenizing a long text takes a while
-        completion = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
-        outputs = serving.client.open_stream()
-        try:
-            for prompt, request_id in zip(prompts, completion.choices, strict=True):
-                outputs.submit(request_id, prompt.token_ids, sampling)
-            if body.stream:
-                events = completion_events(completion, outputs, serving.settings.keep_alive_s)
-                return EventStream(events, outputs, serving.counts)
-            return _json(await _unless_disconnected(request, _collect(completion, outputs)))
-        except BaseException:
-            outputs.abort()
-            raise
+        info = serving.admit(sampling.n)
+        prompts = await serving.prepare(given, body, sampling, info)
+        answer = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
+        return await respond(request, serving, answer)
+
+    @router.post("/v1/chat/completions", openapi_extra={"requestBody": ChatRequest.openapi()})
+    async def chat(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        body = ChatRequest.parse(await json_body(request))
+        serving.counts.unknown_fields += body.unknown_fields
+        serving.check_model(body.model)
+        answer = await prepare_chat(serving, body)
+        return await respond(request, serving, answer)
 
     @router.post("/tokenize", openapi_extra={"requestBody": TokenizeRequest.openapi()})
     async def tokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        body = TokenizeRequest.parse(await _json_body(request))
+        body = TokenizeRequest.parse(await json_body(request))
         serving.check_model(body.model)
-        special = body.add_special_tokens is not False
-        token_ids = await asyncio.to_thread(serving.text_tokenizer().encode, body.prompt, add_special_tokens=special)
+        text = body.prompt if body.messages is None else await serving.render(body.messages, body)
+        [token_ids] = await serving.encode([text or ""], add_special_tokens=body.adds_special_tokens)
         limit = serving.client.info.max_context_tokens if serving.client.info else None
-        return _json({"count": len(token_ids), "max_model_len": limit, "tokens": token_ids})
+        tokens = np.frombuffer(token_ids, dtype=np.int32)
+        return json_response({"count": len(token_ids), "max_model_len": limit, "tokens": tokens})
 
     @router.post("/detokenize", openapi_extra={"requestBody": DetokenizeRequest.openapi()})
     async def detokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        body = DetokenizeRequest.parse(await _json_body(request))
+        body = DetokenizeRequest.parse(await json_body(request))
         serving.check_model(body.model)
         tokenizer = serving.text_tokenizer()
         check_token_ids(body.tokens, tokenizer.vocab_size, "tokens")
         text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
-        return _json({"prompt": text})
+        return json_response({"prompt": text})
 
     @router.get("/v1/models")
     async def models() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return _json({"object": "list", "data": [_model_card(serving, name) for name in serving.settings.model_names]})
+        return json_response(
+            {"object": "list", "data": [_model_card(serving, name) for name in serving.settings.model_names]}
+        )
 
     @router.get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:  # pyright: ignore[reportUnusedFunction]
         serving.check_model(model_id)
-        return _json(_model_card(serving, model_id))
+        return json_response(_model_card(serving, model_id))
 
     @router.get("/health")
     async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -89,7 +87,7 @@ def build_router(serving: Serving) -> APIRouter:
         trouble = client.trouble()
         if trouble is not None:
             raise EngineError(trouble)
-        return _json(
+        return json_response(
             {
                 "status": "ok",
                 "state": client.state,
@@ -105,21 +103,25 @@ def build_router(serving: Serving) -> APIRouter:
     @router.get("/ready")
     async def ready() -> Response:  # pyright: ignore[reportUnusedFunction]
         serving.check_serving()
-        return _json({"status": "ready"})
+        return json_response({"status": "ready"})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return Response(serving.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return serving.page.response()
 
     @router.get("/ping")
     async def ping() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return _json({})
+        return json_response({})
 
     @router.get("/version")
     async def version() -> Response:  # pyright: ignore[reportUnusedFunction]
-        return _json({"version": __version__})
+        return json_response({"version": __version__})
 
     return router
-
-
-def _json(content: object) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")
 
 
 def _model_card(serving: Serving, name: str) -> dict[str, object]:
@@ -131,53 +133,9 @@ def _model_card(serving: Serving, name: str) -> dict[str, object]:
         "owned_by": "leanserve",
         "root": serving.model_name,
         "max_model_len": info.max_context_tokens if info else None,
+        "architecture": info.architecture if info else None,
+        "dtype": info.dtype if info else None,
+        "device": info.device if info else None,
+        "attention": info.attention if info else None,
+        "ranks": len(info.pages_per_rank) if info else None,
     }
-
-
-async def _json_body(request: Request) -> bytes:
-    """The body, if it is declared to be JSON. Browsers ask before they send that across sites, and nothing else."""
-    declared = request.headers.get("content-type", "")
-    if declared.split(";")[0].strip().lower() != "application/json":
-        raise RequestError(
-            "the content-type header must be application/json (curl: -H 'content-type: application/json')",
-            code="invalid_content_type",
-        )
-    return await request.body()
-
-
-async def _collect(completion: Completion, outputs: OutputStream) -> dict[str, object]:
-    """Wait for all choices to end."""
-    pieces: list[Piece] = []
-    while not outputs.finished:
-        output = await outputs.next()
-        if output is None:
-            continue
-        choice = completion.choices[output.request_id]
-        pieces.extend(choice.pieces(output))
-        if choice.finish_reason is not None:
-            outputs.abort(choice.request_id)
-    return completion.whole(pieces)
-
-
-async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of `work`, which is cancelled when the client goes away first.
-
-    Raises:
-        ClientDisconnect: it went away.
-    """
-
-    async def disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(disconnect())
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)

@@ -3,18 +3,26 @@
 import asyncio
 import time
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from leanserve.contracts.errors import OverloadedError, RequestError, RequestTooLongError
 from leanserve.contracts.messages import EngineInfo
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.server.chat_request import Conversation
+from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.engine_client import EngineClient
 from leanserve.server.errors import NotFoundError
-from leanserve.server.protocol import CompletionRequest
+from leanserve.server.generation_request import GenerationRequest
+from leanserve.server.messages import Message, template_messages
+from leanserve.server.metrics import HttpCounts, Metrics
+from leanserve.server.page import Page
+from leanserve.server.prompt_encoder import PromptEncoder
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
+from leanserve.server.tool_calls import ToolFormat, find_tool_format
 
 __all__ = ["Prompt", "Serving", "check_token_ids"]
 
@@ -38,14 +46,26 @@ class Prompt:
 class Serving:
     """One model behind one HTTP face. Belongs to the event loop it serves in."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer | None, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        settings: ServerSettings,
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
         self.client = client
         self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.tool_format: ToolFormat | None = settings.tool_format
+        if self.tool_format is None and chat_template is not None:
+            self.tool_format = find_tool_format("".join(chat_template.templates.values()))
+        self._encoder = None if tokenizer is None else PromptEncoder(tokenizer)
         self.settings = settings
         self.created = int(time.time())
         self.is_draining = False
-        self.counts: Counter[str] = Counter()
-        """`unknown_fields`, `disconnects`, and `status_NNN` of answers."""
+        self.page = Page()
+        self.counts = HttpCounts()
+        self.metrics = Metrics(client, self.counts, self.model_name, compatible=settings.metrics_compat)
 
     @property
     def model_name(self) -> str:
@@ -57,8 +77,8 @@ class Serving:
             raise OverloadedError("the server is shutting down; try another, or later", retry_after_s=5)
         self.client.check_ready()
 
-    def admit(self, num_prompts: int) -> EngineInfo:
-        """The engine's facts, if so many prompts may come in now.
+    def admit(self, num_prompts: int, num_tokens: int = 0) -> EngineInfo:
+        """The engine's facts, if so many prompts, of so many tokens together, may come in now.
 
         Raises:
             OverloadedError: the server is loading, draining or full.
@@ -69,6 +89,12 @@ class Serving:
             raise OverloadedError(
                 f"{self.client.live_requests} prompts are waiting or running and {num_prompts} more came; "
                 f"the limit is {self.settings.max_live_requests}, try again soon"
+            )
+        queued = self.client.live_prompt_tokens
+        if queued and queued + num_tokens > self.settings.max_live_prompt_tokens:
+            raise OverloadedError(
+                f"prompts of {queued} tokens are waiting or running and {num_tokens} more came; "
+                f"the limit is {self.settings.max_live_prompt_tokens}, try again soon"
             )
         assert self.client.info is not None
         return self.client.info
@@ -83,18 +109,24 @@ class Serving:
                 code="model_not_found",
             )
 
-    async def prepare(self, request: CompletionRequest, sampling: SamplingParams, info: EngineInfo) -> list[Prompt]:
-        """Tokenize and check all prompts of a request.
+    async def prepare(
+        self,
+        prompts: list[str] | list[Sequence[int]],
+        request: GenerationRequest,
+        sampling: SamplingParams,
+        info: EngineInfo,
+    ) -> list[Prompt]:
+        """Tokenize and check all prompts of a request, and whether its options can be met.
 
         Raises:
             RequestError: text without a tokenizer, too many prompts, an empty one, an id out of the vocabulary.
             RequestTooLongError: a prompt that can never fit with its max_tokens.
         """
-        prompts = request.prompts()
-        if len(prompts) > self.settings.max_prompts:
+        if len(prompts) * sampling.n > self.settings.max_prompts:
             raise RequestError(
-                f"prompt holds {len(prompts)} prompts; at most {self.settings.max_prompts} fit in one request",
-                param="prompt",
+                f"{len(prompts)} prompts with n {sampling.n} ask for {len(prompts) * sampling.n} choices; "
+                f"at most {self.settings.max_prompts} fit in one request",
+                param="prompt" if sampling.n == 1 else "n",
                 code="too_many_prompts",
             )
         if sampling.stop and self.tokenizer is None:
@@ -105,12 +137,62 @@ class Serving:
             )
         check_token_ids(sampling.stop_token_ids, info.vocab_size, "stop_token_ids")
         prepared: list[Prompt] = []
-        for token_ids in await self._token_id_lists(prompts, request.add_special_tokens is not False, sampling, info):
+        for token_ids in await self._token_id_lists(prompts, request.adds_special_tokens, sampling, info):
             if len(token_ids) + sampling.max_tokens > info.max_context_tokens:
                 raise _too_long(f"{len(token_ids)} tokens", len(token_ids), sampling, info)
             packed = await _pack(token_ids, info.vocab_size)
-            prepared.append(Prompt(packed, len(token_ids), token_ids[-_CONTEXT_IDS:]))
+            prepared.append(Prompt(packed, len(token_ids), list(token_ids[-_CONTEXT_IDS:])))
         return prepared
+
+    async def render(self, messages: list[Message], request: Conversation) -> str:
+        """The text of a conversation.
+
+        Raises:
+            RequestError: the model has no template or no tokenizer, or cannot take these messages.
+        """
+        self.text_tokenizer()
+        template = self.chat_template
+        if template is None:
+            raise RequestError(
+                "this model has no chat template (its checkpoint has no chat_template.jinja, and its "
+                "tokenizer_config.json none either); use /v1/completions",
+                param="messages",
+                code="no_chat_template",
+            )
+        if request.tools and not template.knows_tools:
+            raise RequestError(
+                "this model's chat template says nothing of tools; leave them out", param="tools", code="unsupported"
+            )
+        return await template.render(
+            template_messages(messages, knows_developers=template.knows_developers),
+            tools=[tool.model_dump(exclude_none=True) for tool in request.tools] if request.tools else None,
+            add_generation_prompt=request.prompts_for_more,
+            continue_final_message=bool(request.continue_final_message),
+            variables=request.chat_template_kwargs,
+        )
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> "list[array[int]]":
+        """int32 token ids of each text.
+
+        Raises:
+            RequestError: the model has no tokenizer.
+            OverloadedError: many others wait for theirs.
+        """
+        self.text_tokenizer()
+        assert self._encoder is not None
+        return await self._encoder.encode(texts, add_special_tokens=add_special_tokens)
+
+    async def start(self) -> None:
+        """Do beforehand what the first request would wait for."""
+        if self.chat_template is not None:
+            await self.chat_template.start()
+
+    async def close(self) -> None:
+        """Let go of what outlives a request."""
+        if self.chat_template is not None:
+            await self.chat_template.close()
+        if self._encoder is not None:
+            await self._encoder.close()
 
     def text_tokenizer(self) -> Tokenizer:
         """Raises: RequestError where the model has no tokenizer."""
@@ -133,8 +215,12 @@ class Serving:
         self.client.end_all("the server is shutting down")
 
     async def _token_id_lists(
-        self, prompts: list[str] | list[list[int]], add_special_tokens: bool, sampling: SamplingParams, info: EngineInfo
-    ) -> list[list[int]]:
+        self,
+        prompts: list[str] | list[Sequence[int]],
+        add_special_tokens: bool,
+        sampling: SamplingParams,
+        info: EngineInfo,
+    ) -> Sequence[Sequence[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if not texts:
             return [prompt for prompt in prompts if not isinstance(prompt, str)]
@@ -143,20 +229,26 @@ class Serving:
             fewest = len(text) // tokenizer.max_token_chars
             if fewest + sampling.max_tokens > info.max_context_tokens:
                 raise _too_long(f"{len(text)} characters, at least {fewest} tokens,", fewest, sampling, info)
-        token_id_lists = await asyncio.to_thread(tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens)
+        token_id_lists = await self.encode(texts, add_special_tokens=add_special_tokens)
         if not all(token_id_lists):
             raise RequestError("prompt is text without a single token", param="prompt", code="empty_prompt")
         return token_id_lists
 
 
-async def _pack(token_ids: list[int], vocab_size: int) -> bytes:
+async def _pack(token_ids: Sequence[int], vocab_size: int) -> bytes:
     packed: array[int] = array("i")
     for start in range(0, len(token_ids), _IDS_AT_ONCE):
         if start:
             await asyncio.sleep(0)
         part = token_ids[start : start + _IDS_AT_ONCE]
-        check_token_ids(part, vocab_size, "prompt")
-        packed.fromlist(part)
+        if isinstance(part, array):
+            numbers = np.frombuffer(part, dtype=f"i{part.itemsize}")
+            if numbers.min() < 0 or numbers.max() >= vocab_size:
+                check_token_ids(part, vocab_size, "prompt")
+            packed.frombytes(numbers.astype(np.int32).tobytes())
+        else:
+            check_token_ids(part, vocab_size, "prompt")
+            packed.extend(part)
     return packed.tobytes()
 
 

@@ -1,8 +1,10 @@
 """What the front end was told: names, limits, times."""
 
+import re
 from dataclasses import dataclass
 
 from leanserve.contracts.errors import ConfigError
+from leanserve.server.tool_calls import ToolFormat
 
 __all__ = ["ServerSettings"]
 
@@ -21,8 +23,20 @@ class ServerSettings:
     """Prompts in one request."""
     max_live_requests: int = 4096
     """Prompts at the engine at once, running or waiting; more are answered 503."""
+    max_live_prompt_tokens: int = 1 << 26
+    """Tokens of those prompts together; they are kept here, 4 bytes each."""
     keep_alive_s: float = 15.0
     """A stream that is silent for so long gets a comment (proxies cut silent connections, often at 60 s)."""
+    key_digests: tuple[bytes, ...] = ()
+    """SHA-256 of the API keys, one of which every request must show; empty: nobody is asked."""
+    max_requests_per_key: int | None = None
+    """POSTs of one key in flight at once; more are answered 429."""
+    cors_origins: tuple[str, ...] = ()
+    """Web sites whose pages may ask, such as https://chat.example.org, or * for all."""
+    metrics_compat: bool = False
+    """Whether /metrics also has the names that vLLM's dashboards ask for."""
+    tool_format: ToolFormat | None = None
+    """How the model writes function calls; None: as its chat template says."""
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
@@ -32,7 +46,15 @@ class ServerSettings:
             "body_timeout_s",
             "max_prompts",
             "max_live_requests",
+            "max_live_prompt_tokens",
             "keep_alive_s",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be above 0")
+        if self.max_requests_per_key is not None and self.max_requests_per_key < 1:
+            raise ConfigError(f"max requests per key is {self.max_requests_per_key}; it must be at least 1")
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:-]+", origin):
+                raise ConfigError(
+                    f"CORS origin {origin!r} is none; write scheme and host, such as https://chat.example.org, or *"
+                )

@@ -1,6 +1,6 @@
 """Server-sent events: frames, keep-alives, and an end that always says how it ended."""
 
-from collections import Counter
+import time
 from collections.abc import AsyncIterator
 
 import orjson
@@ -8,23 +8,28 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from leanserve.contracts.errors import LeanServeError
-from leanserve.server.completions import Completion
+from leanserve.server.answer import Answer
 from leanserve.server.errors import error_reply
 from leanserve.server.logs import log_internal_error
+from leanserve.server.metrics import HttpCounts
 from leanserve.server.output_stream import OutputStream
+from leanserve.server.request_facts import facts_of
 
-__all__ = ["EventStream", "completion_events"]
+__all__ = ["EventStream"]
 
 _KEEP_ALIVE = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(StreamingResponse):
-    """A stream of events whose requests end with it, however it ends."""
+    """An answer as a stream of events. Its requests end with it, however it ends."""
 
-    def __init__(self, events: AsyncIterator[bytes], outputs: OutputStream, counts: Counter[str]) -> None:
+    def __init__(self, answer: Answer, outputs: OutputStream, keep_alive_s: float, counts: HttpCounts) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
+        events = _progress_and_events(answer, outputs, keep_alive_s) if answer.tells_progress else None
+        events = events or _events(answer, outputs, keep_alive_s)
+        super().__init__(_ended_clearly(events, counts), headers=headers, media_type="text/event-stream")
+        self._answer = answer
         self._outputs = outputs
         self._counts = counts
 
@@ -32,35 +37,61 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:  # a disconnect cancels the sending and leaves the generator where it stands
+            facts_of(scope).completion_tokens = self._answer.completion_tokens
             if not self._outputs.finished:
-                self._counts["disconnects"] += 1
+                self._counts.disconnects[self._outputs.phase] += 1
                 self._outputs.abort()
 
 
-def frame(content: dict[str, object]) -> bytes:
+def _frame(content: dict[str, object]) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-async def completion_events(completion: Completion, outputs: OutputStream, keep_alive_s: float) -> AsyncIterator[bytes]:
-    """A completion as frames: one for each token, then the usage if asked for, then [DONE].
+async def _events(answer: Answer, outputs: OutputStream, keep_alive_s: float) -> AsyncIterator[bytes]:
+    """One frame for each token, then the usage if asked for; a comment after each `keep_alive_s` of silence."""
+    async for piece in answer.read(outputs, keep_alive_s):
+        yield _comment(answer, outputs) if piece is None else _frame(answer.chunk(piece))
+    if answer.includes_usage:
+        yield _frame(answer.usage_chunk())
 
-    A failure becomes an error frame before [DONE]: clients take a stream that merely ends for a success.
+
+async def _progress_and_events(answer: Answer, outputs: OutputStream, keep_alive_s: float) -> AsyncIterator[bytes]:
+    """The same, with a chunk whenever prompts have come further, the last one when all are done."""
+    began = time.perf_counter() if outputs.arrived_at is None else outputs.arrived_at
+    told: dict[str, int] | None = None
+    outputs.wakes_on_progress = True
+    async for piece in answer.read(outputs, keep_alive_s):
+        progress = answer.progress(outputs)
+        if progress != told:
+            told = progress
+            yield _frame(answer.progress_chunk(progress, (time.perf_counter() - began) * 1000))
+        elif piece is None:
+            yield _comment(answer, outputs)
+        if piece is not None:
+            yield _frame(answer.chunk(piece))
+    if answer.includes_usage:
+        yield _frame(answer.usage_chunk())
+
+
+def _comment(answer: Answer, outputs: OutputStream) -> bytes:
+    if not outputs.progress:
+        return _KEEP_ALIVE
+    progress = answer.progress(outputs)
+    return b": prefill %d/%d\n\n" % (progress["processed"], progress["total"])
+
+
+async def _ended_clearly(events: AsyncIterator[bytes], counts: HttpCounts) -> AsyncIterator[bytes]:
+    """All events, then [DONE].
+
+    A failure becomes an error frame: clients take a stream that merely ends for a success.
     """
     try:
-        while not outputs.finished:
-            output = await outputs.next(keep_alive_s)
-            if output is None:
-                yield _KEEP_ALIVE
-                continue
-            choice = completion.choices[output.request_id]
-            for piece in choice.pieces(output):
-                yield frame(completion.chunk(piece))
-            if choice.finish_reason is not None:
-                outputs.abort(choice.request_id)
-        if completion.includes_usage:
-            yield frame(completion.usage_chunk())
+        async for event in events:
+            yield event
     except Exception as error:
         if not isinstance(error, LeanServeError):
             log_internal_error(error)
-        yield frame(error_reply(error).body())
+        reply = error_reply(error)
+        counts.errors[str(reply.code)] += 1
+        yield _frame(reply.body())
     yield _DONE

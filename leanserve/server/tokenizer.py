@@ -20,9 +20,15 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self.backend = backend
+        self.directory: Path | None = None
+        """Where it was read from."""
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.max_token_chars = max((len(token) for token in backend.get_vocab(with_added_tokens=True)), default=1)
         """Characters of the longest token: a text has at least len(text) / max_token_chars tokens."""
+        self._added = backend.get_added_tokens_decoder()
+        special = [re.escape(token.content) for token in self._added.values() if token.special and token.content]
+        self._special = re.compile("|".join(special)) if special else None
+        self._is_byte_level = "ByteLevel" in repr(backend.decoder)
 
     @classmethod
     def from_dir(cls, model_dir: str | Path) -> "Tokenizer | None":
@@ -43,7 +49,9 @@ class Tokenizer:
         if "added_tokens_decoder" not in config:
             config |= _read_json(directory / "special_tokens_map.json")
         _apply_config(backend, config)
-        return cls(backend)
+        tokenizer = cls(backend)
+        tokenizer.directory = directory
+        return tokenizer
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Long texts belong in a thread; this entry of the library gives up the GIL meanwhile."""
@@ -57,6 +65,36 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; ids without a token are skipped."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, as bytes: it may be a part of a character. Empty for an id without a token."""
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added:
+            return token.encode()
+        if self._is_byte_level:
+            return (
+                bytes(_BYTE_OF[char] for char in token) if all(char in _BYTE_OF for char in token) else token.encode()
+            )
+        if _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    def without_special_tokens(self, text: str) -> str:
+        """A text that was decoded with its special tokens, without them."""
+        return self._special.sub("", text) if self._special is not None else text
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters that byte-level vocabularies write bytes as (GPT-2): printable ones stand for themselves."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from leanserve.server.app import create_app
+from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.engine_client import EngineClient
 from leanserve.server.http_server import bind_socket, serve_http
 from leanserve.server.serving import Serving
@@ -32,6 +33,11 @@ class Live:
 
     async def complete(self, **body: Any) -> httpx.Response:
         return await self.http.post("/v1/completions", json=body)
+
+    async def chat(self, *messages: Any, **body: Any) -> httpx.Response:
+        """A conversation; a string is a user's message."""
+        said = [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages]
+        return await self.http.post("/v1/chat/completions", json={"messages": said, **body})
 
     async def chunks(self, **body: Any) -> list[dict[str, Any]]:
         """A stream's data, without [DONE], which is checked to be there."""
@@ -81,10 +87,13 @@ async def live_server(
     grace_s: float = 1.0,
     settings: dict[str, Any] | None = None,
     client_options: dict[str, Any] | None = None,
+    chat_template: str | None = None,
     **engine: Any,
 ) -> AsyncIterator[Live]:
     async with connected(max_queued_tokens, client_options, **engine) as (client, echo):
-        app = create_app(client, tokenizer, ServerSettings(**{"model_names": ("echo", "org/echo"), **(settings or {})}))
+        server_settings = ServerSettings(**{"model_names": ("echo", "org/echo"), **(settings or {})})
+        template = None if chat_template is None else ChatTemplate({"default": chat_template}, {"bos_token": "<s>"})
+        app = create_app(client, tokenizer, server_settings, template)
         listener = bind_socket("127.0.0.1", 0)
         port = listener.getsockname()[1]
         stop = asyncio.Event()

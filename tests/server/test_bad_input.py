@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from leanserve.contracts.errors import RequestError
-from leanserve.server.protocol import CompletionRequest
+from leanserve.server.completion_request import CompletionRequest
 from leanserve.server.tokenizer import Tokenizer
 from server.echo_engine import engine_info
 from server.front_end import Live, live_server, run

@@ -311,7 +311,7 @@ def test_unknown_fields_are_counted_and_null_ones_are_nothing() -> None:
             harmless = {"logprobs": None, "echo": False, "logit_bias": {}, "frequency_penalty": 0.0, "tools": []}
             answer = await live.complete(prompt="x", frobnicate={"a": [1]}, metadata=None, **harmless)
             assert answer.status_code == 200
-            assert live.serving.counts["unknown_fields"] == 2
+            assert live.serving.counts.unknown_fields == 2
 
     run(scenario())
 

@@ -2,19 +2,21 @@
 
 import asyncio
 import contextlib
+from array import array
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from leanserve.contracts.errors import EngineError, OverloadedError
-from leanserve.contracts.messages import EngineFailed, Pulse, TokenOutput, TokenOutputs
+from leanserve.contracts.messages import EngineFailed, Logprobs, Pulse, TokenOutput, TokenOutputs
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.engine_client import EngineClient, Recovery, token_bytes
 from leanserve.server.live_requests import LiveRequest, LiveRequests
 from leanserve.server.output_stream import OutputStream
 from leanserve.server.rank_health import RankHealth
 from leanserve.server.restart_budget import WINDOW_S, RestartBudget
+from leanserve.server.statistics import RequestTimes
 from server.echo_engine import EchoEngine
 from server.front_end import connected, live_server, parse_events, run
 
@@ -63,7 +65,7 @@ def test_requests_go_on_at_the_next_engine_with_nothing_lost_or_repeated() -> No
                     assert tokens == (prompt * 60)[:60]
                 assert [submit.request_id.rpartition("~")[2] for submit in second.submits] == ["2"] * 3
                 assert all(submit.output_token_ids for submit in second.submits)
-            assert (client.live.queued, client.live.queued_prompt_tokens) == (0, 0)
+            assert (len(client.live), client.live_prompt_tokens) == (0, 0)
 
     run(scenario())
 
@@ -187,8 +189,9 @@ def test_a_stream_lives_through_a_restart_with_keep_alives_and_others_are_told_t
 
 
 def live_request(name: str, prompt_tokens: int) -> LiveRequest:
-    stream = OutputStream(lambda *_: None, lambda _: None, 1)
-    return LiveRequest(name, token_bytes([1] * prompt_tokens), SamplingParams(), stream)
+    stream = OutputStream(lambda *_: None, lambda *_: None, 1)
+    times = RequestTimes(0.0, prompt_tokens)
+    return LiveRequest(name, token_bytes([1] * prompt_tokens), SamplingParams(), stream, times)
 
 
 def test_suspects_take_turns_and_newcomers_wait_for_them() -> None:
@@ -208,7 +211,7 @@ def test_suspects_take_turns_and_newcomers_wait_for_them() -> None:
     assert live.remove("long") == "long~2"
     assert [submit.request_id for submit in live.to_resume()] == ["new"]
     assert live.on_probation is None
-    assert (live.queued, live.queued_prompt_tokens) == (1, 1)
+    assert live.prompt_tokens == 3
     assert live.engine_lost() is None, "nobody was on probation"
 
 
@@ -252,4 +255,28 @@ def test_outputs_of_a_load_report_are_counted_once() -> None:
     for output in message.outputs:
         assert live.receive(output) is not None
         assert live.receive(output) is None
-    assert (len(live), live.queued, live.queued_prompt_tokens) == (0, 0, 0)
+    assert (len(live), live.prompt_tokens) == (0, 0)
+
+
+def test_log_probabilities_of_a_prompt_are_told_once() -> None:
+    def part(first: int, last: int) -> Logprobs:
+        chosen = array("f", range(first, last)).tobytes()
+        return Logprobs(0, chosen, array("i", range(first, last)).tobytes(), b"", b"")
+
+    live = LiveRequests()
+    live.add(live_request("a", 11))
+    told: list[Logprobs] = []
+
+    def hear(wire_id: str, first: int, last: int) -> None:
+        received = live.receive(TokenOutput(wire_id, [], prompt_logprobs=part(first, last)))
+        assert received is not None
+        if received[1].prompt_logprobs is not None:
+            told.append(received[1].prompt_logprobs)
+
+    hear("a", 0, 4)
+    live.engine_lost()
+    live.to_resume()
+    hear("a~2", 0, 3)
+    hear("a~2", 3, 7)
+    hear("a~2", 7, 10)
+    assert [row.logprob for row in Logprobs.join(told).rows()] == list(range(10))

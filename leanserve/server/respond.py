@@ -1,0 +1,91 @@
+"""A generation route's way from a prepared answer to an HTTP response, streamed or whole."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import Request
+from starlette.responses import Response
+
+from leanserve.contracts.errors import RequestError
+from leanserve.server.answer import Answer
+from leanserve.server.middleware import ClientLeft
+from leanserve.server.output_stream import OutputStream
+from leanserve.server.request_facts import facts_of
+from leanserve.server.serving import Serving
+from leanserve.server.sse import EventStream
+
+__all__ = ["json_body", "json_response", "respond"]
+
+_T = TypeVar("_T")
+
+
+def json_response(content: object) -> Response:
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+
+
+async def json_body(request: Request) -> bytes:
+    """The body, if it is declared to be JSON. Browsers ask before they send that across sites, and nothing else."""
+    declared = request.headers.get("content-type", "")
+    if declared.split(";")[0].strip().lower() != "application/json":
+        raise RequestError(
+            "the content-type header must be application/json (curl: -H 'content-type: application/json')",
+            code="invalid_content_type",
+        )
+    return await request.body()
+
+
+async def respond(request: Request, serving: Serving, answer: Answer) -> Response:
+    """Submit an answer's choices to the engine, and answer as they grow or when all have ended.
+
+    Raises:
+        OverloadedError: the server is loading, draining or full.
+        EngineError: the engine is gone, or failed before a stream began.
+        ClientLeft: the client went away before the whole answer was there.
+    """
+    serving.admit(len(answer.choices), answer.prompt_tokens)  # again: tokenizing a long text takes a while
+    facts = facts_of(request.scope)
+    facts.prompt_tokens = answer.prompt_tokens
+    outputs = serving.client.open_stream(arrived_at=facts.arrived_at)
+    try:
+        for choice in answer.choices.values():
+            outputs.submit(choice.request_id, choice.prompt.token_ids, choice.sampling)
+        if answer.streams:
+            return EventStream(answer, outputs, serving.settings.keep_alive_s, serving.counts)
+        response = await _unless_disconnected(request, outputs, _whole(answer, outputs))
+        facts.completion_tokens = answer.completion_tokens
+        return response
+    except BaseException:
+        outputs.abort()
+        raise
+
+
+async def _whole(answer: Answer, outputs: OutputStream) -> Response:
+    """Wait for all choices to end."""
+    pieces = [piece async for piece in answer.read(outputs) if piece is not None]
+    return json_response(answer.whole(pieces))
+
+
+async def _unless_disconnected(request: Request, outputs: OutputStream, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is cancelled when the client goes away first.
+
+    Raises:
+        ClientLeft: it went away.
+    """
+
+    async def disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(disconnect())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft(outputs.phase)
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
