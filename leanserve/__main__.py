@@ -244,6 +244,14 @@ def serve(
             metavar="SECONDS", min=0, help="Time to finish for live requests after SIGTERM.", rich_help_panel=FAILURES
         ),
     ] = 30.0,
+    queue_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Answer 408 to a request that has not begun.", rich_help_panel=LIMITS),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Stop a request that has not ended.", rich_help_panel=LIMITS),
+    ] = None,
     nnodes: Annotated[int, typer.Option(help="Machines that take part.", rich_help_panel=NODES)] = 1,
     node_rank: Annotated[
         int, typer.Option(help="This machine among them; 0 has the HTTP port.", rich_help_panel=NODES)
@@ -277,6 +285,8 @@ def serve(
         nodes=Nodes(count=nnodes, rank=node_rank, endpoint=rdzv_endpoint),
         recovery=Recovery(max_restarts=max_restarts, resume=resume),
         drain_timeout_s=drain_timeout,
+        queue_timeout_s=queue_timeout,
+        request_timeout_s=request_timeout,
         access=AccessOptions(
             keys=tuple(api_key or ()),
             key_file=api_key_file,

@@ -53,6 +53,8 @@ class ServeOptions:
     max_live_requests: int = 4096
     max_live_prompt_tokens: int = 1 << 26
     max_body_bytes: int = 16 << 20
+    queue_timeout_s: float | None = None
+    request_timeout_s: float | None = None
     access_log: str | None = None
     """A file, or - for standard error."""
     metrics_compat: bool = False
@@ -77,6 +79,8 @@ class ServeOptions:
             max_body_bytes=self.max_body_bytes,
             max_live_requests=self.max_live_requests,
             max_live_prompt_tokens=self.max_live_prompt_tokens,
+            queue_timeout_s=self.queue_timeout_s,
+            request_timeout_s=self.request_timeout_s,
             key_digests=self.access.digests(),
             max_requests_per_key=self.access.max_requests_per_key,
             cors_origins=self.access.cors_origins,

@@ -348,7 +348,8 @@ class EngineClient:
                     logger.error("the engine failed: %s", message.message)
                     self.fail(message.message)
                 else:
-                    self.lose(message.message)
+                    self._last_words = self._last_words or message.message
+                    self._lose_soon()
 
     def on_rank(self, message: FromRank) -> None:
         if isinstance(message, Pulse):
@@ -364,6 +365,11 @@ class EngineClient:
         self.fail("it sent a message that cannot be read")
 
     def on_disconnect(self) -> None:
+        self._lose_soon()
+
+    def _lose_soon(self) -> None:
+        """Lose the engine, if it is still the same one, when the last words of all ranks have had time to arrive."""
+
         def lose(attempt: int) -> None:
             if attempt == self.attempt:
                 (self.fail if self._is_ending else self.lose)("its connection closed")

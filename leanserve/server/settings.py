@@ -25,6 +25,10 @@ class ServerSettings:
     """Prompts at the engine at once, running or waiting; more are answered 503."""
     max_live_prompt_tokens: int = 1 << 26
     """Tokens of those prompts together; they are kept here, 4 bytes each."""
+    queue_timeout_s: float | None = None
+    """A request that has not begun by then is answered 408; None: it may wait for ever."""
+    request_timeout_s: float | None = None
+    """A request that has not ended by then is stopped."""
     keep_alive_s: float = 15.0
     """A stream that is silent for so long gets a comment (proxies cut silent connections, often at 60 s)."""
     key_digests: tuple[bytes, ...] = ()
@@ -51,6 +55,9 @@ class ServerSettings:
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be above 0")
+        for name in ("queue_timeout_s", "request_timeout_s"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be above 0, or left out")
         if self.max_requests_per_key is not None and self.max_requests_per_key < 1:
             raise ConfigError(f"max requests per key is {self.max_requests_per_key}; it must be at least 1")
         for origin in self.cors_origins:
