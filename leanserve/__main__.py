@@ -1,4 +1,4 @@
-"""The command line: serve | generate | plan | bench."""
+"""The command line: serve | generate | loadtest | plan | bench."""
 
 import os
 import sys
@@ -12,6 +12,7 @@ from leanserve import __version__
 from leanserve.bench.commands import bench_app
 from leanserve.contracts.errors import LeanServeError
 from leanserve.launch.configured_command import ConfiguredCommand, use_config_file
+from leanserve.loadtest.commands import loadtest_app
 
 __all__ = ["main"]
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(loadtest_app, name="loadtest")
 app.add_typer(bench_app, name="bench")
 
 

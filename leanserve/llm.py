@@ -23,18 +23,29 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from leanserve.contracts.errors import EngineError, RequestError, RequestTooLongError
-from leanserve.contracts.messages import EngineInfo, PrefillProgress
+from leanserve.contracts.messages import EngineInfo, Logprobs, PrefillProgress
 from leanserve.contracts.sampling import FinishReason, SamplingParams
+from leanserve.grammars.grammar import check_grammar
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.options import LaunchOptions
 from leanserve.server.detokenizer import TextStream
 from leanserve.server.engine_client import EngineLoad
 from leanserve.server.tokenizer import Tokenizer
 
-__all__ = ["LLM", "CompletionOutput", "Prompt", "RequestOutput", "print_completion"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "Prompt", "RequestOutput", "print_completion"]
 
 Prompt = str | Mapping[str, Sequence[int]]
 """Text, or {"prompt_token_ids": [...]}."""
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's natural log-probability by the model alone, and its rank: 1 is the most likely."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+    """None where the checkpoint has no tokenizer files."""
 
 
 @dataclass
@@ -46,6 +57,8 @@ class CompletionOutput:
     """Empty where the checkpoint has no tokenizer files."""
     finish_reason: FinishReason
     index: int = 0
+    logprobs: list[dict[int, Logprob]] | None = None
+    """With `SamplingParams.logprobs`: for each token, itself and the most likely ones by id."""
 
 
 @dataclass
@@ -55,6 +68,9 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    """`SamplingParams.n` of them."""
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """With `SamplingParams.prompt_logprobs`: for each prompt token, like those of outputs; None for the first."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,8 @@ class Delta:
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 class LLM:
@@ -122,21 +140,25 @@ class LLM:
         many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = self._params_for(many, sampling_params)
         checked = [self._check(prompt, sampling) for prompt, sampling in zip(many, params, strict=True)]
-        with self._progress(len(many), enabled=use_tqdm) as advance:
+        results = [
+            RequestOutput(prompt if isinstance(prompt, str) else None, token_ids, [])
+            for prompt, token_ids in zip(many, checked, strict=True)
+        ]
+        with self._progress(sum(sampling.n for sampling in params), enabled=use_tqdm) as advance:
             pending = [
-                self._run(self._complete(token_ids, sampling, advance))
-                for token_ids, sampling in zip(checked, params, strict=True)
+                (result, self._run(self._complete(result.prompt_token_ids, sample, index, advance)))
+                for result, sampling in zip(results, params, strict=True)
+                for index, sample in enumerate(sampling.samples())
             ]
             try:
-                outputs = [future.result() for future in pending]
+                for result, future in pending:
+                    output, result.prompt_logprobs = future.result()
+                    result.outputs.append(output)
             except BaseException:
-                for future in pending:
+                for _, future in pending:
                     future.cancel()
                 raise
-        return [
-            RequestOutput(prompt if isinstance(prompt, str) else None, token_ids, [output])
-            for prompt, token_ids, output in zip(many, checked, outputs, strict=True)
-        ]
+        return results
 
     def stream(
         self,
@@ -148,8 +170,13 @@ class LLM:
         """Complete one prompt, piece by piece as it is generated. Leaving the loop early stops the request.
 
         `on_progress` is called, in another thread, whenever more of a long prompt is computed.
+
+        Raises:
+            RequestError: the prompt cannot be served, or `n` is not 1.
         """
         sampling = sampling_params or SamplingParams()
+        if sampling.n != 1:
+            raise RequestError(f"n is {sampling.n}; a stream is one completion", param="n")
         token_ids = self._check(prompt, sampling)
         queue: SimpleQueue[Delta | BaseException | None] = SimpleQueue()
 
@@ -234,8 +261,18 @@ class LLM:
             raise RequestError(
                 f"token id {outside} is outside the vocabulary of {self.info.vocab_size}", param="prompt"
             )
+        if sampling.truncate_prompt_tokens is not None:
+            token_ids = token_ids[-sampling.truncate_prompt_tokens :]
         if sampling.stop:
             self._require_tokenizer("stop strings")
+        if sampling.structured_outputs is not None:
+            self._require_tokenizer("structured output")
+            check_grammar(sampling.structured_outputs)
+        for param, ids in (("logit_bias", sampling.logit_bias), ("allowed_token_ids", sampling.allowed_token_ids)):
+            if ids and max(ids) >= self.info.vocab_size:
+                raise RequestError(
+                    f"{param} holds token id {max(ids)}, outside the vocabulary of {self.info.vocab_size}", param=param
+                )
         total = len(token_ids) + sampling.max_tokens
         if total > self.info.max_context_tokens:
             raise RequestTooLongError(
@@ -258,24 +295,50 @@ class LLM:
         sampling: SamplingParams,
         on_progress: Callable[[PrefillProgress], None] | None = None,
     ) -> AsyncIterator[Delta]:
-        text = None if self._tokenizer is None else TextStream(self._tokenizer, stop=sampling.stop)
+        text = None
+        if self._tokenizer is not None:
+            text = TextStream(self._tokenizer, stop=sampling.stop, min_tokens=sampling.min_tokens)
         async for output in self._group.client.generate(token_ids, sampling, on_progress=on_progress):
             new_text, stopped = ("", False) if text is None else text.push(output.token_ids)
             if stopped:
-                yield Delta(new_text, output.token_ids, "stop")
+                yield Delta(new_text, output.token_ids, "stop", output.logprobs, output.prompt_logprobs)
                 return
             if output.finish_reason is not None and text is not None:
                 new_text += text.finish()
-            yield Delta(new_text, output.token_ids, output.finish_reason)
+            yield Delta(new_text, output.token_ids, output.finish_reason, output.logprobs, output.prompt_logprobs)
 
-    async def _complete(self, token_ids: list[int], sampling: SamplingParams, advance: Any) -> CompletionOutput:
-        output = CompletionOutput(token_ids=[], text="", finish_reason="")
+    async def _complete(
+        self, token_ids: list[int], sampling: SamplingParams, index: int, advance: Any
+    ) -> tuple[CompletionOutput, list[dict[int, Logprob] | None] | None]:
+        """A completion, and its prompt's log-probabilities where they are asked for."""
+        output = CompletionOutput(token_ids=[], text="", finish_reason="", index=index)
+        output.logprobs = None if sampling.logprobs is None else []
+        prompt_logprobs: list[dict[int, Logprob] | None] | None = None if sampling.prompt_logprobs is None else [None]
         async for delta in self._deltas(token_ids, sampling):
             output.token_ids += delta.token_ids
             output.text += delta.text
             output.finish_reason = delta.finish_reason or ""
+            if output.logprobs is not None and delta.logprobs is not None:
+                output.logprobs += self._by_id(delta.token_ids, delta.logprobs)
+            if prompt_logprobs is not None and delta.prompt_logprobs is not None:
+                first = len(prompt_logprobs)
+                prompt_logprobs += self._by_id(token_ids[first:], delta.prompt_logprobs)
         advance()
-        return output
+        return output, prompt_logprobs
+
+    def _by_id(self, token_ids: Sequence[int], logprobs: Logprobs) -> list[dict[int, Logprob]]:
+        """For each token, as vLLM gives it: the token itself, then the most likely ones."""
+        found: list[dict[int, Logprob]] = []
+        for token_id, row in zip(token_ids, logprobs.rows(), strict=False):
+            entries = {token_id: self._logprob(token_id, row.logprob, row.rank)}
+            for rank, (top_id, logprob) in enumerate(row.top, 1):
+                entries.setdefault(top_id, self._logprob(top_id, logprob, rank))
+            found.append(entries)
+        return found
+
+    def _logprob(self, token_id: int, logprob: float, rank: int) -> Logprob:
+        decoded = None if self._tokenizer is None else self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return Logprob(logprob, rank, decoded)
 
     def _progress(self, total: int, *, enabled: bool) -> "_ProgressBar":
         return _ProgressBar(total, enabled=enabled and total > 1)

@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -14,7 +15,7 @@ import zmq
 
 from leanserve.contracts.batch import Stop
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
-from leanserve.contracts.messages import Submit
+from leanserve.contracts.messages import StepReport, Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
 from leanserve.launch.loading import LoadedRank, load_rank
@@ -69,6 +70,11 @@ class Answer:
     """Pages in use when every request had ended."""
     cached_tokens: list[int]
     """By prompt: tokens that were in the prefix cache."""
+    step_reports: list[StepReport] = field(default_factory=list)
+    logprobs: list[list[tuple[float, int, list[tuple[int, float]]]]] = field(default_factory=list)
+    """By prompt, of each token, where `logprobs` is asked for: its own, its rank, the most likely (id, logprob)s."""
+    prompt_logprobs: list[list[tuple[float, int, list[tuple[int, float]]]]] = field(default_factory=list)
+    """By prompt, of its tokens from the second on, where `prompt_logprobs` is asked for."""
     rows_logits: list[list[list[float]]] = field(default_factory=list)
     """With keep_logits: each step's logits [M, V] of rank 0."""
 
@@ -138,6 +144,9 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
     token_ids: list[list[int]] = [[] for _ in case.prompts]
     reasons = [""] * len(case.prompts)
     cached_tokens = [0] * len(case.prompts)
+    step_reports: list[StepReport] = []
+    logprobs: list[list[Any]] = [[] for _ in case.prompts]
+    prompt_logprobs: list[list[Any]] = [[] for _ in case.prompts]
     pages_left = preemptions = 0
 
     def drain() -> None:
@@ -147,9 +156,16 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
             for output in report.outputs:
                 token_ids[int(output.request_id)] += output.token_ids
                 cached_tokens[int(output.request_id)] += output.cached_tokens
+                if output.logprobs is not None:
+                    logprobs[int(output.request_id)] += output.logprobs.rows()
+                if output.prompt_logprobs is not None:
+                    assert not token_ids[int(output.request_id)], "prompts are scored before the first token"
+                    prompt_logprobs[int(output.request_id)] += output.prompt_logprobs.rows()
                 if output.finish_reason is not None:
                     assert reasons[int(output.request_id)] == "", "a request ended twice"
                     reasons[int(output.request_id)] = output.finish_reason
+            assert report.step_report is not None
+            step_reports.append(report.step_report)
             pages_left, preemptions = sum(report.pages_used_per_rank), report.preemptions
 
     for index, prompt in enumerate(case.prompts):
@@ -157,7 +173,17 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
         if not case.at_once:
             drain()
     drain()
-    return Answer(token_ids, reasons, preemptions, pages_left, cached_tokens, kept)
+    return Answer(
+        token_ids,
+        reasons,
+        preemptions,
+        pages_left,
+        cached_tokens,
+        step_reports,
+        logprobs,
+        prompt_logprobs,
+        rows_logits=kept,
+    )
 
 
 def _break_page(loaded: LoadedRank, case: Case) -> None:

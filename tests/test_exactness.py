@@ -59,6 +59,10 @@ def test_greedy_tokens_equal_transformers(model_dirs, num_ranks):
         assert answer.token_ids == expected, name
         assert answer.finish_reasons == ["length"] * len(case.prompts), name
         assert answer.pages_left == 0, name
+        for report in answer.step_reports:
+            computed = bool(report.decode_rows or report.prefill_tokens)
+            assert (report.times.combine_s > 0) == (computed and num_ranks > 1)
+            assert report.times.combine_s <= report.times.forward_s + report.times.sample_s
     assert answers[-1].preemptions > 0
 
 

@@ -13,13 +13,24 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"lean_attention"},
     "attention": {"distributed", "lean_attention"},
     "model": {"attention", "distributed", "lean_attention"},
-    "worker": {"model", "attention", "distributed", "lean_attention"},
+    "grammars": set(),
+    "worker": {"grammars", "model", "attention", "distributed", "lean_attention"},
     "engine": set(),
-    "server": set(),
+    "server": {"grammars"},
     "loadtest": {"bundled"},
     "planner": {"model"},
-    "launch": {"worker", "model", "attention", "distributed", "lean_attention", "server", "engine", "bundled"},
-    "llm": {"launch", "server"},
+    "launch": {
+        "grammars",
+        "worker",
+        "model",
+        "attention",
+        "distributed",
+        "lean_attention",
+        "server",
+        "engine",
+        "bundled",
+    },
+    "llm": {"grammars", "launch", "server"},
     "bench": {"launch", "worker", "model", "attention", "distributed", "engine", "llm", "lean_attention"}
     | {"server", "bundled"},
     "bundled": {"launch", "server"},
@@ -27,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"llm"},
     "lean_attention": set(),
 }
-TORCH_FREE = {"contracts", "engine", "server", "loadtest", "planner"}
+TORCH_FREE = {"contracts", "engine", "grammars", "server", "loadtest", "planner"}
 CONTRACTS_MAY_IMPORT = {"msgspec"}
 
 

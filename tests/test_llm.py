@@ -5,9 +5,10 @@ import sys
 
 import psutil
 import pytest
+import torch
 
 import leanserve
-from checkpoints import checkpoint, hf_greedy, random_prompts
+from checkpoints import checkpoint, hf_greedy, hf_logits, random_prompts
 from leanserve import LLM, SamplingParams
 from leanserve.contracts.errors import ConfigError, EngineError, ModelError, RequestError, RequestTooLongError
 
@@ -53,6 +54,30 @@ def test_a_stop_token_ends_a_completion(llm):
     assert stopped.finish_reason == "stop"
 
 
+def test_samples_and_log_probabilities(llm, model_dir):
+    prompt = {"prompt_token_ids": random_prompts([20], seed=3)[0]}
+    sampling = SamplingParams(n=2, seed=5, max_tokens=3, logprobs=2, prompt_logprobs=0, truncate_prompt_tokens=9)
+    [result] = llm.generate(prompt, sampling)
+    assert result.prompt_token_ids == prompt["prompt_token_ids"][-9:]
+    assert result.prompt_logprobs[0] is None
+    for index, output in enumerate(result.outputs):
+        alone = llm.generate(
+            {"prompt_token_ids": result.prompt_token_ids}, SamplingParams(seed=5 + index, max_tokens=3)
+        )[0].outputs[0]
+        assert (output.index, output.token_ids, alone.logprobs) == (index, alone.token_ids, None)
+        token_ids = result.prompt_token_ids + output.token_ids
+        truth_NV = torch.log_softmax(hf_logits(model_dir, token_ids), dim=-1)
+        for place, entries in enumerate(result.prompt_logprobs[1:] + output.logprobs):
+            assert next(iter(entries)) == token_ids[place + 1]
+            assert len(entries) == 1 if place < 8 else 2 <= len(entries) <= 3
+            for token_id, entry in entries.items():
+                assert entry.logprob == pytest.approx(float(truth_NV[place, token_id]), abs=5e-5)
+                assert entry.rank == 1 + int((truth_NV[place] > truth_NV[place, token_id]).sum())
+                assert entry.decoded_token is None
+    with pytest.raises(RequestError, match="a stream is one completion"):
+        next(llm.stream(prompt, sampling))
+
+
 def test_a_stream_left_early_frees_its_pages(llm):
     stream = llm.stream({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=3000, ignore_eos=True))
     next(stream)
@@ -70,6 +95,13 @@ def test_a_stream_left_early_frees_its_pages(llm):
         ({"prompt_token_ids": [1], "more": 2}, SamplingParams(), RequestError, "a prompt is a string or"),
         ({"prompt_token_ids": [1]}, SamplingParams(max_tokens=10**6), RequestTooLongError, "above the limit of 4096"),
         ({"prompt_token_ids": [1]}, SamplingParams(stop="x"), RequestError, "needs a tokenizer"),
+        ({"prompt_token_ids": [1]}, SamplingParams(logit_bias={10**6: 1}), RequestError, "1000000"),
+        (
+            {"prompt_token_ids": [1]},
+            SamplingParams(structured_outputs={"json_object": True}),
+            RequestError,
+            "needs a tokenizer",
+        ),
     ],
 )
 def test_a_wrong_request_says_why_and_disturbs_nothing(llm, prompt, sampling, error, message):

@@ -26,7 +26,8 @@ def test_there_are_exactly_two_set_up_commands():
 
 def test_every_block_is_of_a_kind_that_is_tested():
     assert {language for language, _ in BLOCKS} == {"sh", "python", "text"}
-    known = ("pip install", "curl ", "leanserve serve", "torchrun ", "leanserve generate", "leanserve plan ")
+    ours = [f"leanserve {command} " for command in ("serve", "generate", "plan", "loadtest")]
+    known = ("pip install", "curl ", "torchrun ", *ours)
     assert all(block.startswith(known) for block in blocks("sh"))
 
 

@@ -1,4 +1,4 @@
-"""The report of `bench engine` as a picture. Needs matplotlib, which is in the `test` extra."""
+"""The report of `bench engine` as a picture."""
 
 from pathlib import Path
 

@@ -1,6 +1,5 @@
 """What `bench engine` found: figures, ratios and the target; as JSON for programs, as tables for people."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -116,12 +115,11 @@ class EngineReport(msgspec.Struct, kw_only=True):
 
 
 def write_report(report: EngineReport, folder: Path) -> None:
-    """Write engine.json into `folder`, and engine.png where matplotlib is installed (it is in the `test` extra)."""
-    (folder / "engine.json").write_bytes(report.to_json())
-    if find_spec("matplotlib") is not None:
-        from leanserve.bench.plot import plot_report
+    """Write engine.json and engine.png into `folder`."""
+    from leanserve.bench.plot import plot_report
 
-        plot_report(report, folder / "engine.png")
+    (folder / "engine.json").write_bytes(report.to_json())
+    plot_report(report, folder / "engine.png")
 
 
 def print_report(report: EngineReport, console: Console) -> None:

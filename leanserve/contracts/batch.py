@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import msgspec
 
 from leanserve.contracts.kv_sharding import PageGrant
-from leanserve.contracts.messages import Logprobs
+from leanserve.contracts.messages import Logprobs, StepTimes
 from leanserve.contracts.sampling import SamplingParams
 
-__all__ = ["Batch", "IdleCheck", "NewSequence", "Row", "StepResult", "Stop", "step_checksum"]
+__all__ = ["Batch", "IdleCheck", "NewSequence", "Row", "StepResult", "StepTimes", "Stop", "step_checksum"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -24,7 +24,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     """The seed in force: the request's own, or the one drawn for it on rank 0."""
     num_scored_tokens: int = 0
-    """Of a request with `prompt_logprobs`: how many prompt tokens have theirs from before a preemption."""
+    """Of a request with `prompt_logprobs`: how many prompt tokens, the first included, have theirs from before a
+    preemption."""
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -79,6 +80,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """Sequences whose structured output is complete with the token they got: nothing may follow."""
     failed: dict[int, str] = {}
     """Sequences that cannot go on, alone, and why; a token of theirs in token_ids means nothing."""
+    times: StepTimes = StepTimes()
 
 
 def step_checksum(step: int, token_ids: Sequence[int]) -> int:

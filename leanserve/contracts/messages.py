@@ -25,6 +25,8 @@ __all__ = [
     "Pulse",
     "RankFailed",
     "Shutdown",
+    "StepReport",
+    "StepTimes",
     "Submit",
     "ToEngine",
     "TokenLogprobs",
@@ -208,19 +210,63 @@ class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):
     """To be there before the next token: the prompt; after a preemption, what was generated as well."""
 
 
+class StepTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Where rank 0's device spent a step, in seconds.
+
+    On a GPU the host does not wait for these: of a step that samples nothing they are told with a later one.
+    """
+
+    forward_s: float = 0.0
+    """Laying out the inputs and the model's layers."""
+    sample_s: float = 0.0
+    """Logits, the choice of tokens and telling it to the ranks."""
+    combine_s: float = 0.0
+    """Of both: in collectives, waiting for other ranks included."""
+
+
+class StepReport(msgspec.Struct, frozen=True, array_like=True):
+    """What one step held and took. Every step is reported once."""
+
+    decode_rows: int
+    """Sequences that lacked one token: running streams, and now and then a prompt's last token."""
+    prefill_tokens: int
+    """Of prompts, and of sequences that are computed again after a preemption."""
+    schedule_s: float
+    """Choosing the step's work and booking its results, on the host."""
+    times: StepTimes
+
+
 class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
-    """One step's outputs, and what the front end needs to know about the engine's load."""
+    """One step's outputs, and what the front end needs to know about the engine's load.
+
+    Gauges are as of now; counters count since the engine started.
+    """
 
     step: int
     outputs: list[TokenOutput]
     running: int
     waiting: int
+    """Requests in the queue, those sent back to it by a preemption included."""
     pages_used_per_rank: tuple[int, ...]
-    """Pages referenced by live sequences."""
+    """Pages referenced by live sequences; `EngineInfo.pages_per_rank` is how many there are."""
     preemptions: int
     """Since start."""
     prefills: tuple[PrefillProgress, ...] = ()
     """Requests in the middle of their prompts that this step has brought forward."""
+    pages_cached_per_rank: tuple[int, ...] = ()
+    """Pages that no sequence references and the prefix cache keeps; they are free for whoever needs room."""
+    prefix_queried_tokens: int = 0
+    """Since start: prompt tokens of admitted requests that were looked up in the prefix cache."""
+    prefix_hit_tokens: int = 0
+    """Since start: how many of them it held."""
+    step_report: StepReport | None = None
+    """None in a message between two steps."""
+
+    @property
+    def page_imbalance(self) -> float:
+        """Pages of the rank that reads most over the mean of all ranks: 1 is even, and N all on one of N ranks."""
+        used = self.pages_used_per_rank
+        return max(used) * len(used) / sum(used) if any(used) else 1.0
 
 
 class Pulse(msgspec.Struct, frozen=True, tag="pulse"):

@@ -57,7 +57,7 @@ class StructuredOutputsParams(
             return
         value: Any = getattr(self, name)
         texts = list(cast("tuple[Any, ...]", value)) if name == "choice" and isinstance(value, tuple) else [value]
-        if len(texts) > MAX_CHOICES or not all(isinstance(text, str) and text for text in texts):
+        if not 1 <= len(texts) <= MAX_CHOICES or not all(isinstance(text, str) and text for text in texts):
             allowed = {"choice": f"a list of 1 to {MAX_CHOICES} texts", "json": "a JSON schema"}.get(name, "a text")
             raise _refuse(f"{name} must be {allowed}, and not empty")
         chars = sum(len(text) for text in texts)

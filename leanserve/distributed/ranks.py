@@ -1,12 +1,13 @@
 """The group of ranks, as few collectives as the engine needs. Knows tensors, not attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from leanserve.contracts.errors import DesyncError
+from leanserve.distributed.stopwatch import Stopwatch
 
 __all__ = ["Ranks"]
 
@@ -27,6 +28,11 @@ class Ranks:
     device: torch.device
     group: dist.ProcessGroup | None
     stages_through_host: bool
+    in_collectives: Stopwatch = field(init=False)
+    """Runs while bytes travel between ranks, waiting for the slowest of them included."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_collectives", Stopwatch(self.device))
 
     @classmethod
     def single(cls, device: torch.device) -> "Ranks":
@@ -72,11 +78,12 @@ class Ranks:
         if self.size == 1:
             return mine.unsqueeze(0)
         mine = mine.contiguous()
-        if self.stages_through_host:
-            mine = mine.cpu()
-        everybody = torch.empty((self.size * mine.numel(),), dtype=mine.dtype, device=mine.device)
-        _all_gather(everybody, mine.view(-1), group=self.group)
-        return everybody.view(self.size, *mine.shape).to(self.device)
+        with self.in_collectives:
+            if self.stages_through_host:
+                mine = mine.cpu()
+            everybody = torch.empty((self.size * mine.numel(),), dtype=mine.dtype, device=mine.device)
+            _all_gather(everybody, mine.view(-1), group=self.group)
+            return everybody.view(self.size, *mine.shape).to(self.device)
 
     def all_to_all(self, mine: torch.Tensor, send_rows: list[int], receive_rows: list[int]) -> torch.Tensor:
         """Send rows of `mine`, grouped by receiver in rank order; returns what was received, grouped by sender.
@@ -87,19 +94,21 @@ class Ranks:
         if self.size == 1:
             return mine
         mine = mine.contiguous()
-        if self.stages_through_host:
-            mine = mine.cpu()
-        received = mine.new_empty((sum(receive_rows), *mine.shape[1:]))
-        dist.all_to_all_single(received, mine, receive_rows, send_rows, group=self.group)
-        return received.to(self.device)
+        with self.in_collectives:
+            if self.stages_through_host:
+                mine = mine.cpu()
+            received = mine.new_empty((sum(receive_rows), *mine.shape[1:]))
+            dist.all_to_all_single(received, mine, receive_rows, send_rows, group=self.group)
+            return received.to(self.device)
 
     def broadcast_from_rank_0(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x` on every rank; the others pass a tensor of the same shape and dtype, which is overwritten."""
         if self.size == 1:
             return x
-        staged = x.cpu() if self.stages_through_host else x
-        dist.broadcast(staged, src=0, group=self.group)
-        return staged.to(self.device)
+        with self.in_collectives:
+            staged = x.cpu() if self.stages_through_host else x
+            dist.broadcast(staged, src=0, group=self.group)
+            return staged.to(self.device)
 
     def gather_ints(self, value: int) -> tuple[int, ...]:
         """Every rank's `value`, by rank."""

@@ -2,11 +2,20 @@
 it goes."""
 
 import secrets
+import time
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.errors import EngineError, RequestError
-from leanserve.contracts.messages import PrefillProgress, Submit, TokenOutput, TokenOutputs
+from leanserve.contracts.messages import (
+    Logprobs,
+    PrefillProgress,
+    StepReport,
+    Submit,
+    TokenOutput,
+    TokenOutputs,
+)
 from leanserve.contracts.sampling import FinishReason
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
@@ -28,6 +37,8 @@ class Engine:
         self._next_sequence_id = 1
         self._prefills: tuple[PrefillProgress, ...] = ()
         """Of the newest step, until it is reported."""
+        self._step_report: StepReport | None = None
+        """Of a step that `report` has not told yet."""
 
     @property
     def has_work(self) -> bool:
@@ -60,14 +71,13 @@ class Engine:
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id!r} is in use")
         sampling = request.sampling
-        end_token_ids = frozenset(sampling.stop_token_ids)
         sequence = Sequence(
             sequence_id=self._next_sequence_id,
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
             sampling=sampling,
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            end_token_ids=end_token_ids if sampling.ignore_eos else end_token_ids | self._eos_token_ids,
+            end_token_ids=sampling.end_token_ids(self._eos_token_ids),
             output_token_ids=request.output_token_ids,
         )
         self._scheduler.add(sequence)
@@ -80,20 +90,29 @@ class Engine:
 
     def step(self) -> list[TokenOutput]:
         """Compute one step. What `execute` raises comes through: the engine is then only good for `fail`."""
+        started_s = time.perf_counter()
         batch = self._scheduler.next_batch()
         if batch is None:
             return []
+        scheduled_s = time.perf_counter()
         result = self._execute(batch)
-        return self._finish(batch, result)
+        executed_s = time.perf_counter()
+        outputs = self._finish(batch, result)
+        host_s = scheduled_s - started_s + time.perf_counter() - executed_s
+        decode_rows = sum(1 for _ in takewhile(lambda row: row.count == 1, batch.rows))
+        prefill_tokens = sum(row.count for row in batch.rows[decode_rows:])
+        self._step_report = StepReport(decode_rows, prefill_tokens, host_s, result.times)
+        return outputs
 
     def fail(self, message: str) -> list[TokenOutput]:
         """End all live requests with an error that says `message`. Returns their last outputs."""
         return [self._end(sequence, "error", message) for sequence in list(self._live.values())]
 
     def report(self, outputs: list[TokenOutput]) -> TokenOutputs:
-        """`outputs` with the load as it is now."""
+        """`outputs` with the load as it is now, and what the newest step took if that was not told before."""
         scheduler = self._scheduler
         prefills, self._prefills = self._prefills, ()
+        step_report, self._step_report = self._step_report, None
         return TokenOutputs(
             step=scheduler.step,
             outputs=outputs,
@@ -102,6 +121,10 @@ class Engine:
             pages_used_per_rank=scheduler.pages_used_per_rank,
             preemptions=scheduler.preemptions,
             prefills=prefills,
+            pages_cached_per_rank=scheduler.pages_cached_per_rank,
+            prefix_queried_tokens=scheduler.prefix_queried_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            step_report=step_report,
         )
 
     def _finish(self, batch: Batch, result: StepResult) -> list[TokenOutput]:
@@ -111,19 +134,44 @@ class Engine:
                 f"step {batch.step} should give {expected_tokens} tokens; "
                 f"the executor gave {len(result.token_ids)} for step {result.step}"
             )
-        outputs: list[TokenOutput] = []
-        for sequence, token_id in self._scheduler.complete(batch, result):
+        outputs = self._prompt_scores(result)
+        for place, (sequence, token_id) in enumerate(self._scheduler.complete(batch, result)):
+            if sequence.id in result.failed:
+                outputs.append(self._end(sequence, "error", result.failed[sequence.id]))
+                continue
             reason = sequence.append(token_id)
+            if sequence.id in result.complete:
+                reason = "stop"
+            logprobs = result.logprobs.get(place)
             if reason is None:
                 cached_tokens = _cached_tokens_to_tell(sequence)
-                outputs.append(TokenOutput(sequence.request_id, [token_id], cached_tokens=cached_tokens))
+                outputs.append(
+                    TokenOutput(sequence.request_id, [token_id], cached_tokens=cached_tokens, logprobs=logprobs)
+                )
             else:
-                outputs.append(self._end(sequence, reason, None, token_id))
+                outputs.append(self._end(sequence, reason, None, token_id, logprobs))
         self._prefills = tuple(_progress(sequence) for sequence in self._scheduler.prefilling(batch))
         return outputs
 
+    def _prompt_scores(self, result: StepResult) -> list[TokenOutput]:
+        """Outputs without tokens: they come before the first token of the same step."""
+        if not result.prompt_logprobs:
+            return []
+        outputs: list[TokenOutput] = []
+        for sequence in self._live.values():
+            logprobs = result.prompt_logprobs.get(sequence.id)
+            if logprobs is not None:
+                sequence.num_scored_tokens = max(sequence.num_scored_tokens, 1) + len(logprobs)
+                outputs.append(TokenOutput(sequence.request_id, [], prompt_logprobs=logprobs))
+        return outputs
+
     def _end(
-        self, sequence: Sequence, reason: FinishReason, error: str | None = None, token_id: int | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: str | None = None,
+        token_id: int | None = None,
+        logprobs: Logprobs | None = None,
     ) -> TokenOutput:
         del self._live[sequence.request_id]
         self._scheduler.remove(sequence)
@@ -132,8 +180,9 @@ class Engine:
             token_ids=[] if token_id is None else [token_id],
             finish_reason=reason,
             error=error,
-            stop_token_id=token_id if reason == "stop" else None,
+            stop_token_id=token_id if token_id in sequence.end_token_ids else None,
             cached_tokens=0 if token_id is None else _cached_tokens_to_tell(sequence),
+            logprobs=logprobs,
         )
 
 

@@ -51,6 +51,11 @@ class PageAllocator:
         """Pages that live sequences hold, by rank."""
         return tuple(self._used(rank) for rank in range(len(self._pools)))
 
+    @property
+    def idle_per_rank(self) -> tuple[int, ...]:
+        """Pages that no sequence holds and that can be found by name, by rank."""
+        return tuple(self._cache.num_idle(rank) for rank in range(len(self._pools)))
+
     def find(self, names: list[bytes]) -> list[int]:
         """The numbers of the pages that have these names, up to the first name that no page has."""
         return self._cache.find(names)

@@ -43,6 +43,10 @@ class Scheduler:
         self.max_context_tokens = max_context_tokens
         self.preemptions = 0
         """Since start."""
+        self.prefix_queried_tokens = 0
+        """Since start: tokens of newly admitted prompts, if there is a prefix cache to look them up in."""
+        self.prefix_hit_tokens = 0
+        """Of them, those that it held."""
         self.step = 0
         """The newest step handed out; 0 before the first."""
         self._long_prefill_tokens = (
@@ -71,6 +75,11 @@ class Scheduler:
     @property
     def pages_used_per_rank(self) -> tuple[int, ...]:
         return self._allocator.used_per_rank
+
+    @property
+    def pages_cached_per_rank(self) -> tuple[int, ...]:
+        """Pages that no sequence holds and the prefix cache keeps."""
+        return self._allocator.idle_per_rank
 
     @property
     def has_work(self) -> bool:
@@ -193,16 +202,19 @@ class Scheduler:
             sequence.is_long = is_long
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.num_computed_tokens
+                if self._namer is not None:
+                    self.prefix_queried_tokens += sequence.num_tokens
+                    self.prefix_hit_tokens += sequence.num_computed_tokens
             grants += self._allocator.share(sequence.pages, cached)
             shares.add(sequence, wanted_tokens)
             admitted.append(sequence)
         return admitted
 
     def _cached_pages(self, sequence: Sequence) -> list[int]:
-        """The pages that a sequence can share. Its newest token is not in them: the next one is sampled from it."""
+        """The pages that a sequence can share."""
         numbers: list[int] = []
         if self._namer is not None:
-            num_pages = (sequence.num_tokens - 1) // self.sharding.page_tokens
+            num_pages = sequence.max_cached_tokens // self.sharding.page_tokens
             for first in range(0, num_pages, _PAGES_NAMED_AT_ONCE):
                 end = min(first + _PAGES_NAMED_AT_ONCE, num_pages)
                 numbers += self._allocator.find(self._page_names(sequence, first, end, self._namer))

@@ -31,6 +31,7 @@ class Sequence:
         "max_total_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "num_scored_tokens",
         "num_tokens",
         "output_token_ids",
         "page_names",
@@ -69,6 +70,8 @@ class Sequence:
         """Prompt and outputs."""
         self.num_computed_tokens = 0
         """Tokens whose KV is in the cache; the newest token's is not."""
+        self.num_scored_tokens = 0
+        """Of a request with prompt_logprobs: prompt tokens whose logprobs are told; the first has none, and counts."""
         self.pages = SequencePages(sequence_id)
         """None of them while it waits."""
         self.page_names: list[bytes] = []
@@ -79,6 +82,14 @@ class Sequence:
         """Whether it had more to compute than a short prompt when it was last admitted."""
         self.preemptions = 0
         self.state = SequenceState.WAITING
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens at its beginning that need not be computed where their KV is cached: the next token is sampled from
+        the newest one, and a prompt's logprobs come from computing it."""
+        if self.sampling.prompt_logprobs is not None and self.num_scored_tokens < self.num_prompt_tokens:
+            return max(self.num_scored_tokens - 1, 0)
+        return self.num_tokens - 1
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token. Returns why the sequence is complete with it, or None if it goes on."""
@@ -104,4 +115,5 @@ class Sequence:
             num_prompt_tokens=self.num_prompt_tokens,
             sampling=self.sampling,
             seed=self.seed,
+            num_scored_tokens=self.num_scored_tokens,
         )

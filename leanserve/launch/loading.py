@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401 -- custom operators import it in their first call, and a step would pay seconds for it
 import torch.distributed as dist
+from llguidance import LLTokenizer
 
 from leanserve.attention.kv_shard import KvShard
 from leanserve.contracts.config import EngineConfig
@@ -13,11 +14,13 @@ from leanserve.contracts.errors import ConfigError
 from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import EngineInfo
 from leanserve.distributed.ranks import Ranks
+from leanserve.grammars.grammar import make_grammar_tokenizer
 from leanserve.launch.place import Place
 from leanserve.model.activations import activation_bytes
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
 from leanserve.model.weights import load_weights
+from leanserve.server.tokenizer import Tokenizer
 from leanserve.worker.device import choose_device, choose_dtype, describe
 from leanserve.worker.memory import kv_budget_bytes, num_pages
 from leanserve.worker.runner import Runner
@@ -85,7 +88,13 @@ def load_rank(
         ranks=ranks,
         decoder=decoder,
         shard=shard,
-        runner=Runner(decoder, shard, ranks, backend=attention),
+        runner=Runner(
+            decoder,
+            shard,
+            ranks,
+            grammar_tokenizer=_grammar_tokenizer(model_dir, architecture) if place.rank == 0 else None,
+            backend=attention,
+        ),
         sharding=sharding,
         info=EngineInfo(
             architecture=architecture.describe(),
@@ -102,6 +111,15 @@ def load_rank(
             prefix_cache=config.cache.prefix_cache and not decoder.rope.depends_on_length,
         ),
     )
+
+
+def _grammar_tokenizer(model_dir: Path, architecture: Architecture) -> LLTokenizer | None:
+    """What structured outputs need on the rank that samples."""
+    tokenizer = Tokenizer.from_dir(model_dir)
+    if tokenizer is None:
+        return None
+    vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
+    return make_grammar_tokenizer(tokenizer.backend.to_str(), vocab_size, architecture.eos_token_ids)
 
 
 def _max_context_tokens(config: EngineConfig, architecture: Architecture, sharding: KvSharding) -> int:

@@ -3,12 +3,17 @@
 from leanserve.contracts.config import BatchOptions
 from leanserve.model.architecture import Architecture
 
-__all__ = ["activation_bytes"]
+__all__ = ["SCORED_LOGITS_BYTES", "activation_bytes"]
+
+SCORED_LOGITS_BYTES = 64 << 20
+"""Float32 logits of prompt tokens at once: what bounds the memory of scoring a prompt."""
 
 
 def activation_bytes(architecture: Architecture, batch: BatchOptions, dtype_bytes: int) -> int:
-    """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits."""
+    """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits
+    of the tokens to sample or of prompt tokens to score."""
     widest = 2 * architecture.intermediate_size + 4 * architecture.hidden_size
     states = architecture.num_heads * (architecture.head_dim + 1) * 4 * 3
     logits = batch.max_sequences * architecture.vocab_size * 4 * 2
-    return batch.max_batch_tokens * (widest * dtype_bytes * 2 + states) + logits
+    scoring = 4 * SCORED_LOGITS_BYTES  # the logits, their log-softmax, and what topk needs
+    return batch.max_batch_tokens * (widest * dtype_bytes * 2 + states) + max(logits, scoring)

@@ -25,6 +25,8 @@ class Piece:
     """The stop string, or the requested stop token, that ended the choice."""
     logprobs: Logprobs | None = None
     """Of token_ids, where they were asked for."""
+    is_prompt: bool = False
+    """Not generated: the prompt itself, for a client that wants it back; `Choice.prompt_logprobs` has its own."""
 
 
 class Choice:

@@ -1,12 +1,17 @@
 """The answers of /v1/completions, in the shape that OpenAI's clients read."""
 
+from collections.abc import Iterator
+from typing import Any
 from uuid import uuid4
 
+from leanserve.contracts.messages import Logprobs, TokenOutput
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.answer import Answer
-from leanserve.server.choices import Piece, make_choices
+from leanserve.server.choices import Choice, Piece, make_choices
 from leanserve.server.completion_request import CompletionRequest
+from leanserve.server.legacy_logprobs import LegacyLogprobs
 from leanserve.server.serving import Prompt
+from leanserve.server.token_texts import TokenTexts
 from leanserve.server.tokenizer import Tokenizer
 
 __all__ = ["Completion"]
@@ -33,15 +38,54 @@ class Completion(Answer):
             whole_object="text_completion",
         )
         self._returns_token_ids = bool(request.return_token_ids)
+        self._echoes = bool(request.echo)
+        self._generates = request.generates
+        self._echoed: set[int] = set()
+        self._logprobs: dict[int, LegacyLogprobs] = {}
+        if request.logprobs is not None:
+            texts = TokenTexts(tokenizer, as_ids=bool(request.return_tokens_as_token_ids))
+            shows_special = request.skip_special_tokens is False
+            self._logprobs = {
+                choice.index: LegacyLogprobs(texts, shows_special=shows_special) for choice in self.choices.values()
+            }
+        self._by_index = {choice.index: choice for choice in self.choices.values()}
+
+    def pieces(self, choice: Choice, output: TokenOutput) -> Iterator[Piece]:
+        for piece in super().pieces(choice, output):
+            if self._echoes and piece.index not in self._echoed:
+                self._echoed.add(piece.index)
+                text = choice.prompt.text or ""
+                if not self._generates:
+                    choice.num_tokens = 0
+                    yield Piece(piece.index, text, [], "length", None, is_prompt=True)
+                    return
+                yield Piece(piece.index, text, [], None, None, is_prompt=True)
+            yield piece
 
     def choice_object(self, piece: Piece) -> dict[str, object]:
         choice: dict[str, object] = {
             "index": piece.index,
             "text": piece.text,
-            "logprobs": None,
+            "logprobs": self._logprobs_object(piece),
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
         if self._returns_token_ids:
             choice["token_ids"] = piece.token_ids
         return choice
+
+    def _logprobs_object(self, piece: Piece) -> dict[str, list[Any]] | None:
+        """Of the tokens in a piece, the prompt's first where they are in it."""
+        writer = self._logprobs.get(piece.index)
+        if writer is None:
+            return None
+        parts: list[dict[str, list[Any]]] = []
+        if piece.is_prompt or (self._echoes and not self.streams):
+            choice = self._by_index[piece.index]
+            logprobs = Logprobs.join(choice.prompt_logprobs) if choice.prompt_logprobs else None
+            parts.append(writer.prompt(choice.prompt.ids(), logprobs, choice.prompt.text or ""))
+        if piece.logprobs is not None:
+            parts.append(writer.part(piece.token_ids, piece.logprobs))
+        if not parts:
+            return None
+        return {name: [entry for part in parts for entry in part[name]] for name in parts[0]}

@@ -68,6 +68,9 @@ class EngineLoad:
     waiting: int = 0
     pages_used_per_rank: tuple[int, ...] = ()
     preemptions: int = 0
+    pages_cached_per_rank: tuple[int, ...] = ()
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,8 +403,17 @@ class EngineClient:
 
     def _deliver(self, message: TokenOutputs) -> None:
         self.load = EngineLoad(
-            message.step, message.running, message.waiting, message.pages_used_per_rank, message.preemptions
+            message.step,
+            message.running,
+            message.waiting,
+            message.pages_used_per_rank,
+            message.preemptions,
+            message.pages_cached_per_rank,
+            message.prefix_queried_tokens,
+            message.prefix_hit_tokens,
         )
+        if message.step_report is not None:
+            self.statistics.reported(message.step_report)
         now = self.statistics.step()
         for progress in message.prefills:
             if (told := self.live.at_engine(progress.request_id)) is not None:

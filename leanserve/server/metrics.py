@@ -120,9 +120,12 @@ class _Requests(_Labelled):
             )
         yield self._counter("num_preemptions", "Requests sent away to be computed again.", load.preemptions)
         yield self._counter("prompt_tokens", "Prompt tokens of requests that got a first token.", seen.prompt_tokens)
+        yield self._counter("prompt_tokens_cached", "Those of them that were not computed.", seen.cached_prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", seen.generation_tokens)
-        yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", seen.prompt_tokens)
-        yield self._counter("prefix_cache_hits", "Prompt tokens found there.", seen.cached_prompt_tokens)
+        yield self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", load.prefix_queried_tokens
+        )
+        yield self._counter("prefix_cache_hits", "Prompt tokens found there.", load.prefix_hit_tokens)
         yield self._counters(
             "request_success",
             "Requests that ended, by finish reason.",
@@ -161,6 +164,26 @@ class _Own(_Labelled):
         yield self._gauges("kv_cache_pages_used", "KV pages that live requests hold.", ("rank",), _by_rank(used))
         yield self._gauges(
             "kv_cache_pages", "KV pages there are.", ("rank",), _by_rank(info.pages_per_rank if info else ())
+        )
+        yield self._gauges(
+            "kv_cache_pages_cached",
+            "KV pages that only the prefix cache keeps.",
+            ("rank",),
+            _by_rank(load.pages_cached_per_rank),
+        )
+        seen = self._client.statistics
+        yield self._histogram("step_seconds", "One step of the engine, on rank 0.", seen.step_s)
+        yield self._counters(
+            "step_part_seconds",
+            "Time of all steps by what it went to; combine (waiting for other ranks) is in forward and sample.",
+            ("part",),
+            [((part,), took_s) for part, took_s in seen.step_part_s.items()],
+        )
+        yield self._counters(
+            "step_tokens",
+            "Tokens computed, by what they were.",
+            ("kind",),
+            [(("prefill",), seen.step_prefill_tokens), (("decode",), seen.step_decode_tokens)],
         )
         mean = sum(used) / len(used) if used else 0.0
         yield self._gauge(

@@ -69,6 +69,8 @@ async def respond(request: Request, serving: Serving, answer: Answer) -> Respons
 async def _whole(answer: Answer, outputs: OutputStream) -> Response:
     """Wait for all choices to end."""
     pieces = [piece async for piece in answer.read(outputs) if piece is not None]
+    if any(choice.prompt_logprobs for choice in answer.choices.values()):  # many numbers to write
+        return await asyncio.to_thread(lambda: json_response(answer.whole(pieces)))
     return json_response(answer.whole(pieces))
 
 

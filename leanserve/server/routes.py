@@ -37,7 +37,7 @@ def build_router(serving: Serving) -> APIRouter:
         serving.check_model(body.model)
         sampling = body.sampling()
         info = serving.admit(sampling.n)
-        prompts = await serving.prepare(given, body, sampling, info)
+        prompts = await serving.prepare(given, body, sampling, info, keeps_text=bool(body.echo))
         answer = Completion(body, prompts, sampling, serving.tokenizer, body.model or serving.model_name)
         return await respond(request, serving, answer)
 

@@ -4,13 +4,16 @@ import asyncio
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from leanserve.contracts.errors import OverloadedError, RequestError, RequestTooLongError
 from leanserve.contracts.messages import EngineInfo
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.contracts.structured_outputs import StructuredOutputsParams
+from leanserve.grammars.grammar import check_grammar
 from leanserve.server.chat_request import Conversation
 from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.engine_client import EngineClient
@@ -41,6 +44,11 @@ class Prompt:
     """int32, native byte order."""
     num_tokens: int
     last_token_ids: list[int]
+    text: str | None = None
+    """Where it is to be told."""
+
+    def ids(self) -> "array[int]":
+        return array("i", self.token_ids)
 
 
 class Serving:
@@ -63,6 +71,7 @@ class Serving:
         self.settings = settings
         self.created = int(time.time())
         self.is_draining = False
+        self._grammar_checks = ThreadPoolExecutor(2, "grammar check")
         self.page = Page()
         self.counts = HttpCounts()
         self.metrics = Metrics(client, self.counts, self.model_name, compatible=settings.metrics_compat)
@@ -115,11 +124,17 @@ class Serving:
         request: GenerationRequest,
         sampling: SamplingParams,
         info: EngineInfo,
+        *,
+        keeps_text: bool = False,
     ) -> list[Prompt]:
         """Tokenize and check all prompts of a request, and whether its options can be met.
 
+        Args:
+            keeps_text: the prompts' text is wanted again.
+
         Raises:
-            RequestError: text without a tokenizer, too many prompts, an empty one, an id out of the vocabulary.
+            RequestError: text without a tokenizer, too many prompts, an empty one, an id out of the vocabulary, a
+                grammar that cannot be used, too many log-probabilities.
             RequestTooLongError: a prompt that can never fit with its max_tokens.
         """
         if len(prompts) * sampling.n > self.settings.max_prompts:
@@ -135,14 +150,55 @@ class Serving:
                 param="stop",
                 code="no_tokenizer",
             )
-        check_token_ids(sampling.stop_token_ids, info.vocab_size, "stop_token_ids")
+        for param, token_ids in (
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("allowed_token_ids", sampling.allowed_token_ids),
+            ("logit_bias", tuple(sampling.logit_bias or ())),
+        ):
+            check_token_ids(token_ids or (), info.vocab_size, param)
+        if sampling.structured_outputs is not None:
+            await self._check_grammar(sampling.structured_outputs)
         prepared: list[Prompt] = []
         for token_ids in await self._token_id_lists(prompts, request.adds_special_tokens, sampling, info):
             if len(token_ids) + sampling.max_tokens > info.max_context_tokens:
                 raise _too_long(f"{len(token_ids)} tokens", len(token_ids), sampling, info)
             packed = await _pack(token_ids, info.vocab_size)
             prepared.append(Prompt(packed, len(token_ids), list(token_ids[-_CONTEXT_IDS:])))
+        self._check_logprobs(prepared, sampling)
+        if keeps_text and self.tokenizer is not None:
+            skips_special = request.skip_special_tokens is not False
+            decode = self.tokenizer.decode
+            prepared = [
+                replace(
+                    kept,
+                    text=given
+                    if isinstance(given, str) and sampling.truncate_prompt_tokens is None
+                    else await asyncio.to_thread(decode, kept.ids(), skip_special_tokens=skips_special),
+                )
+                for given, kept in zip(prompts, prepared, strict=True)
+            ]
         return prepared
+
+    def _check_logprobs(self, prompts: list[Prompt], sampling: SamplingParams) -> None:
+        if sampling.prompt_logprobs is None:
+            return
+        wanted = sum(prompt.num_tokens for prompt in prompts) * sampling.n * (1 + sampling.prompt_logprobs)
+        if wanted > self.settings.max_prompt_logprobs:
+            raise RequestError(
+                f"echo with logprobs {sampling.prompt_logprobs} asks for {wanted} log-probabilities; at most "
+                f"{self.settings.max_prompt_logprobs} fit in one answer: send fewer prompts, or lower logprobs",
+                param="logprobs",
+                code="too_many_logprobs",
+            )
+
+    async def _check_grammar(self, wish: StructuredOutputsParams) -> None:
+        if self.tokenizer is None:
+            raise RequestError(
+                "structured output needs text, and this model has no tokenizer",
+                param="structured_outputs",
+                code="no_tokenizer",
+            )
+        await asyncio.get_running_loop().run_in_executor(self._grammar_checks, check_grammar, wish)
 
     async def render(self, messages: list[Message], request: Conversation) -> str:
         """The text of a conversation.
@@ -193,6 +249,7 @@ class Serving:
             await self.chat_template.close()
         if self._encoder is not None:
             await self._encoder.close()
+        self._grammar_checks.shutdown(wait=False, cancel_futures=True)
 
     def text_tokenizer(self) -> Tokenizer:
         """Raises: RequestError where the model has no tokenizer."""
@@ -222,17 +279,18 @@ class Serving:
         info: EngineInfo,
     ) -> Sequence[Sequence[int]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        kept = slice(None if sampling.truncate_prompt_tokens is None else -sampling.truncate_prompt_tokens, None)
         if not texts:
-            return [prompt for prompt in prompts if not isinstance(prompt, str)]
+            return [prompt[kept] for prompt in prompts if not isinstance(prompt, str)]
         tokenizer = self.text_tokenizer()
         for text in texts:
-            fewest = len(text) // tokenizer.max_token_chars
+            fewest = min(len(text) // tokenizer.max_token_chars, sampling.truncate_prompt_tokens or len(text))
             if fewest + sampling.max_tokens > info.max_context_tokens:
                 raise _too_long(f"{len(text)} characters, at least {fewest} tokens,", fewest, sampling, info)
         token_id_lists = await self.encode(texts, add_special_tokens=add_special_tokens)
         if not all(token_id_lists):
             raise RequestError("prompt is text without a single token", param="prompt", code="empty_prompt")
-        return token_id_lists
+        return [token_ids[kept] for token_ids in token_id_lists]
 
 
 async def _pack(token_ids: Sequence[int], vocab_size: int) -> bytes:

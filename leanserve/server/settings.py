@@ -21,6 +21,8 @@ class ServerSettings:
     """A request whose body has not arrived by then is answered 408."""
     max_prompts: int = 128
     """Prompts in one request."""
+    max_prompt_logprobs: int = 4_000_000
+    """Log-probabilities of prompt tokens, and of the most likely ones beside them, in one answer."""
     max_live_requests: int = 4096
     """Prompts at the engine at once, running or waiting; more are answered 503."""
     max_live_prompt_tokens: int = 1 << 26
@@ -49,6 +51,7 @@ class ServerSettings:
             "max_body_bytes",
             "body_timeout_s",
             "max_prompts",
+            "max_prompt_logprobs",
             "max_live_requests",
             "max_live_prompt_tokens",
             "keep_alive_s",

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
+from leanserve.contracts.messages import StepReport
+
 __all__ = ["Histogram", "Phase", "RequestStatistics", "RequestTimes"]
 
 Phase = Literal["body", "queued", "prefill", "decode"]
@@ -81,8 +83,27 @@ class RequestStatistics:
         self.inference_s = Histogram(_SECONDS)
         self.request_prompt_tokens = Histogram(_TOKENS)
         self.request_generation_tokens = Histogram(_TOKENS)
+        self.step_prefill_tokens = 0
+        self.step_decode_tokens = 0
+        self.step_part_s: dict[str, float] = dict.fromkeys(("schedule", "forward", "sample", "combine"), 0.0)
+        """Seconds of all steps on rank 0, by what they went to; combine is a part of forward and sample."""
+        self.step_s = Histogram(_SECONDS)
         self._step_began_at = 0.0
         self._heard_at = 0.0
+
+    def reported(self, report: StepReport) -> None:
+        """The engine says what a step took."""
+        times = report.times
+        self.step_prefill_tokens += report.prefill_tokens
+        self.step_decode_tokens += report.decode_rows
+        for part, took_s in (
+            ("schedule", report.schedule_s),
+            ("forward", times.forward_s),
+            ("sample", times.sample_s),
+            ("combine", times.combine_s),
+        ):
+            self.step_part_s[part] += took_s
+        self.step_s.observe(report.schedule_s + times.forward_s + times.sample_s)
 
     def submitted(self, arrived_at: float | None, prompt_tokens: int) -> RequestTimes:
         """A request goes to the engine; `arrived_at` is when its first byte was seen, None is now."""

@@ -15,7 +15,7 @@ from leanserve.contracts.batch import Row
 from leanserve.distributed.ranks import Ranks
 from leanserve.worker.sequences import LiveSequence, LiveSequences
 
-__all__ = ["SampledRows", "StepInputs", "build_inputs"]
+__all__ = ["SampledRows", "ScoredTokens", "StepInputs", "build_inputs"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,26 @@ class SampledRows:
 
 
 @dataclass(frozen=True)
+class ScoredTokens:
+    """Prompt tokens that get their log-probability in this step, each from the hidden state of the token before it."""
+
+    rows_L: torch.Tensor
+    """int64: rows of the N tokens, of those that this rank scores."""
+    targets_L: torch.Tensor
+    """int64: the tokens to score from them."""
+    tokens_per_rank: tuple[int, ...]
+    """L of each rank."""
+    owners: np.ndarray
+    """The rank of each token, over all ranks, in the order of the step's rows."""
+    places: np.ndarray
+    """Which of that rank's L it is."""
+    spans: list[tuple[int, int, int]]
+    """In the same order: sequence id, tokens, most likely tokens asked for."""
+    num_top: int
+    """The most that any of them asks for."""
+
+
+@dataclass(frozen=True)
 class StepInputs:
     """This rank's part of a step."""
 
@@ -42,6 +62,8 @@ class StepInputs:
     """int64: tokens in the prompt of each token's sequence."""
     layout: StepLayout
     sampled: SampledRows
+    scored: ScoredTokens | None
+    """None where nobody asks for it."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +114,7 @@ def build_inputs(rows: list[Row], live: LiveSequences, page_tokens: int, ranks: 
         return _sequence_pages(rows[part], sequences[part], page_tokens, device)
 
     share = None
+    place = np.zeros(0, np.int64)
     if prefill_rows:
         place = _place_in_owner(prefill.owners, ranks.size)
         tokens_per_rank = np.bincount(prefill.owners, minlength=ranks.size)
@@ -124,6 +147,50 @@ def build_inputs(rows: list[Row], live: LiveSequences, page_tokens: int, ranks: 
             prefill_owners=sampling_owners.tolist(),
             prefill_rows=to_device(sampling_rows, np.int64),
         ),
+        scored=_scored_tokens(rows, sequences, prefill.owners, num_decode + place, num_decode, ranks),
+    )
+
+
+def _scored_tokens(
+    rows: list[Row],
+    sequences: list[LiveSequence],
+    prefill_owners: np.ndarray,
+    prefill_places: np.ndarray,
+    num_decode: int,
+    ranks: Ranks,
+) -> ScoredTokens | None:
+    """`prefill_places`: of each prefill token, its row on the rank that owns it. Decode rows are scored by rank 0."""
+    if all(sequence.sampling.prompt_logprobs is None for sequence in sequences):
+        return None
+    owners, local_rows, targets = ([np.zeros(0, np.int64)] for _ in range(3))
+    spans: list[tuple[int, int, int]] = []
+    row_place = 0  # among the prefill tokens
+    for index, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+        first, end = sequence.positions_to_score(row.start, row.start + row.count)
+        if first < end:
+            targets.append(sequence.tokens[first + 1 : end + 1])
+            if index < num_decode:
+                owners.append(np.zeros(1, np.int64))
+                local_rows.append(np.array([index]))
+            else:
+                part = slice(row_place + first - row.start, row_place + end - row.start)
+                owners.append(prefill_owners[part])
+                local_rows.append(prefill_places[part])
+            assert sequence.sampling.prompt_logprobs is not None
+            spans.append((row.sequence_id, end - first, sequence.sampling.prompt_logprobs))
+        row_place += row.count if index >= num_decode else 0
+    if not spans:
+        return None
+    owner = np.concatenate(owners)
+    mine = owner == ranks.rank
+    return ScoredTokens(
+        rows_L=torch.from_numpy(np.concatenate(local_rows)[mine]).to(ranks.device),
+        targets_L=torch.from_numpy(np.concatenate(targets)[mine].astype(np.int64)).to(ranks.device),
+        tokens_per_rank=tuple(np.bincount(owner, minlength=ranks.size).tolist()),
+        owners=owner,
+        places=_place_in_owner(owner, ranks.size),
+        spans=spans,
+        num_top=max(num_top for _, _, num_top in spans),
     )
 
 

@@ -1,17 +1,23 @@
 """A rank's executor: applies step messages in order and computes them. Every rank runs the same code."""
 
+import msgspec
 import torch
+from llguidance import LLTokenizer
 
 from lean_attention import Backend
 from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.step import StepAttention
-from leanserve.contracts.batch import Batch, StepResult, step_checksum
+from leanserve.contracts.batch import Batch, StepResult, StepTimes, step_checksum
 from leanserve.contracts.errors import DesyncError
+from leanserve.contracts.messages import Logprobs
 from leanserve.distributed.ranks import Ranks
+from leanserve.distributed.stopwatch import Stopwatch
 from leanserve.model.decoder import Decoder
+from leanserve.worker.adjustments import Adjustments
 from leanserve.worker.inputs import SampledRows, StepInputs, build_inputs
+from leanserve.worker.logprobs import score, score_prompts, unpack
 from leanserve.worker.sampler import Draw, sample
-from leanserve.worker.sequences import LiveSequences
+from leanserve.worker.sequences import LiveSequence, LiveSequences
 
 __all__ = ["Runner"]
 
@@ -20,17 +26,33 @@ class Runner:
     """Executes steps over this rank's shard.
 
     Args:
+        grammar_tokenizer: on rank 0, what structured outputs need; None where the model has no tokenizer.
         backend: attention backend, None for the device's own.
     """
 
-    def __init__(self, decoder: Decoder, shard: KvShard, ranks: Ranks, *, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        shard: KvShard,
+        ranks: Ranks,
+        *,
+        grammar_tokenizer: LLTokenizer | None = None,
+        backend: Backend | None = None,
+    ) -> None:
         self._decoder = decoder
         self._shard = shard
         self._ranks = ranks
         self._backend: Backend | None = backend
         self._live = LiveSequences(ranks.rank, shard.page_tokens)
+        architecture = decoder.architecture
+        self._adjustments = Adjustments(
+            architecture.vocab_size, architecture.eos_token_ids, ranks.device, grammar_tokenizer
+        )
         self._completed_step = 0
         self._checksum = 0
+        self._in_forward = Stopwatch(ranks.device)
+        self._in_sampling = Stopwatch(ranks.device)
+        ranks.in_collectives.take_s()  # what loading took is not the first step's
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepResult:
@@ -41,19 +63,30 @@ class Runner:
         """
         self._check_past(batch)
         self._live.apply(batch.dropped, batch.started, batch.grants)
-        token_ids: list[int] = []
+        if self._ranks.rank == 0:
+            self._adjustments.apply(batch.dropped, batch.started)
+        result = StepResult(batch.step, [])
         if batch.rows:
-            inputs = build_inputs(batch.rows, self._live, self._shard.page_tokens, self._ranks)
-            hidden_NC = self._decoder.forward(
-                inputs.tokens_N,
-                inputs.layout.positions_N,
-                self._attention(inputs),
-                prompt_lengths_N=inputs.prompt_lengths_N,
-            )
-            token_ids = self._next_tokens(hidden_NC, inputs)
+            with self._in_forward:
+                inputs = build_inputs(batch.rows, self._live, self._shard.page_tokens, self._ranks)
+                hidden_NC = self._decoder.forward(
+                    inputs.tokens_N,
+                    inputs.layout.positions_N,
+                    self._attention(inputs),
+                    prompt_lengths_N=inputs.prompt_lengths_N,
+                )
+            with self._in_sampling:
+                prompt_logprobs: dict[int, Logprobs] = {}
+                if inputs.scored is not None:
+                    prompt_logprobs = score_prompts(self._decoder, hidden_NC, inputs.scored, self._ranks)
+                result = self._sample(batch.step, hidden_NC, inputs.sampled, prompt_logprobs)
         self._completed_step = batch.step
-        self._checksum = step_checksum(batch.step, token_ids)
-        return StepResult(step=batch.step, token_ids=token_ids)
+        self._checksum = step_checksum(batch.step, result.token_ids)
+        return msgspec.structs.replace(result, times=self._times())
+
+    def _times(self) -> StepTimes:
+        watches = (self._in_forward, self._in_sampling, self._ranks.in_collectives)
+        return StepTimes(*(watch.take_s() for watch in watches))
 
     def compare_pasts(self) -> None:
         """Every rank calls it while there is no step.
@@ -85,17 +118,27 @@ class Runner:
             backend=self._backend,
         )
 
-    def _next_tokens(self, hidden_NC: torch.Tensor, inputs: StepInputs) -> list[int]:
-        """Rank 0 samples; one small broadcast tells every rank."""
-        sampled = [self._live[sequence_id] for sequence_id in inputs.sampled.sequence_ids]
+    def _sample(
+        self, step: int, hidden_NC: torch.Tensor, rows: SampledRows, prompt_logprobs: dict[int, Logprobs]
+    ) -> StepResult:
+        """Rank 0 samples; one small broadcast tells every rank. The others know no more than the tokens."""
+        sampled = [self._live[sequence_id] for sequence_id in rows.sequence_ids]
         if not sampled:
-            return []
-        hidden_MC = self._sampled_hidden(hidden_NC, inputs.sampled)
-        if self._ranks.rank == 0:
-            draws = [Draw(s.sampling, s.seed, s.num_tokens - s.num_prompt_tokens) for s in sampled]
-            tokens_M = sample(self._decoder.logits(hidden_MC), draws)
-        else:
+            return StepResult(step, [], prompt_logprobs=prompt_logprobs)
+        hidden_MC = self._sampled_hidden(hidden_NC, rows)
+        if self._ranks.rank != 0:
             tokens_M = torch.empty(len(sampled), dtype=torch.int64, device=self._ranks.device)
+            return StepResult(step, self._tell(tokens_M, sampled))
+        logits_MV = self._decoder.logits(hidden_MC)
+        adjusted_MV, failed = self._adjustments.adjust(logits_MV, rows.sequence_ids, sampled)
+        draws = [Draw(s.sampling, s.seed, s.num_tokens - s.num_prompt_tokens) for s in sampled]
+        tokens_M = sample(adjusted_MV, draws)
+        logprobs = _logprobs(logits_MV, tokens_M, sampled)
+        token_ids = self._tell(tokens_M, sampled)
+        complete = self._adjustments.accept(rows.sequence_ids, token_ids)
+        return StepResult(step, token_ids, logprobs, prompt_logprobs, complete, failed)
+
+    def _tell(self, tokens_M: torch.Tensor, sampled: list[LiveSequence]) -> list[int]:
         token_ids = self._ranks.broadcast_from_rank_0(tokens_M).tolist()
         for sequence, token_id in zip(sampled, token_ids, strict=True):
             sequence.append_token(token_id)
@@ -111,3 +154,13 @@ class Runner:
         by_rank_RMC = self._ranks.all_gather(hidden_NC[sampled.prefill_rows])
         rows = torch.arange(len(sampled.prefill_owners))
         return torch.cat([decode_MC, by_rank_RMC[sampled.prefill_owners, rows]])
+
+
+def _logprobs(logits_MV: torch.Tensor, tokens_M: torch.Tensor, sampled: list[LiveSequence]) -> dict[int, Logprobs]:
+    """By row, of the rows that ask for them."""
+    wanted = {m: s.sampling.logprobs for m, s in enumerate(sampled) if s.sampling.logprobs is not None}
+    if not wanted:
+        return {}
+    rows = list(wanted)
+    packed = score(logits_MV[rows], tokens_M[rows], max(wanted.values())).cpu().numpy()
+    return {m: unpack(packed[i : i + 1], num_top) for i, (m, num_top) in enumerate(wanted.items())}

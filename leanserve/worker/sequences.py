@@ -32,6 +32,8 @@ class LiveSequence:
     """Prompt and sampled tokens that every rank knows."""
     tokens: np.ndarray
     """int32, at least num_tokens long."""
+    num_scored_tokens: int = 0
+    """Of a request with prompt_logprobs: prompt tokens that have theirs from before a preemption."""
     num_pages: int = 0
     """Pages on this rank."""
     pages: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -47,6 +49,12 @@ class LiveSequence:
         self.tokens = _grown(self.tokens, self.num_tokens + 1)
         self.tokens[self.num_tokens] = token_id
         self.num_tokens += 1
+
+    def positions_to_score(self, start: int, end: int) -> tuple[int, int]:
+        """Of the positions [start, end), those whose next token is a prompt token that still wants its logprobs."""
+        if self.sampling.prompt_logprobs is None:
+            return start, start
+        return max(start, self.num_scored_tokens - 1), min(end, self.num_prompt_tokens - 1)
 
     def grant(self, ordinal: int, owner: int, page: int | None, page_tokens: int) -> None:
         """Note a new page; `page` is None where another rank holds it."""
@@ -106,6 +114,7 @@ class LiveSequences:
                 num_prompt_tokens=new.num_prompt_tokens,
                 num_tokens=len(tokens),
                 tokens=tokens.copy(),
+                num_scored_tokens=new.num_scored_tokens,
             )
         for grant in grants:
             page = grant.page if grant.rank == self._rank else None

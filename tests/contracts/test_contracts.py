@@ -1,6 +1,7 @@
 """Data that rooms exchange: checked once, and the same after a trip over the wire."""
 
 import math
+from array import array
 
 import pytest
 
@@ -9,7 +10,7 @@ from leanserve.contracts.batch import Batch, NewSequence, Row, step_checksum
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
 from leanserve.contracts.errors import ConfigError, RequestError
 from leanserve.contracts.kv_sharding import KvSharding, PageGrant
-from leanserve.contracts.messages import Configure, Submit, decode_to_engine, encode
+from leanserve.contracts.messages import Configure, Logprobs, Submit, decode_to_engine, encode
 from leanserve.contracts.sampling import SamplingParams
 
 
@@ -34,6 +35,41 @@ from leanserve.contracts.sampling import SamplingParams
         {"stop": ["x"] * 17},
         {"stop_token_ids": [-1]},
         {"cache_salt": ""},
+        {"n": 0},
+        {"n": 129},
+        {"min_tokens": -1},
+        {"min_tokens": 17},
+        {"presence_penalty": 2.01},
+        {"frequency_penalty": -2.01},
+        {"frequency_penalty": math.nan},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": 101},
+        {"logit_bias": {5: 100.5}},
+        {"logit_bias": {-1: 1}},
+        {"logit_bias": {5: True}},
+        {"logit_bias": {"5": 1}},
+        {"logit_bias": dict.fromkeys(range(1025), 1)},
+        {"allowed_token_ids": []},
+        {"allowed_token_ids": [-1]},
+        {"allowed_token_ids": range(4097)},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"logprobs": True},
+        {"prompt_logprobs": 21},
+        {"truncate_prompt_tokens": 0},
+        {"structured_outputs": 5},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"json_object": False}},
+        {"structured_outputs": {"json_object": 1}},
+        {"structured_outputs": {"regex": "a", "json_object": True}},
+        {"structured_outputs": {"regex": ""}},
+        {"structured_outputs": {"regex": 5}},
+        {"structured_outputs": {"choice": []}},
+        {"structured_outputs": {"choice": ["a", ""]}},
+        {"structured_outputs": {"choice": ["a"] * 1025}},
+        {"structured_outputs": {"json": {"type": "object", "x": math.inf}}},
+        {"structured_outputs": {"grammar": "x" * (128 * 1024 + 1)}},
+        {"structured_outputs": {"frob": "a"}},
         {"cache_salt": "x" * 257},
         {"cache_salt": 7},
     ],
@@ -54,9 +90,39 @@ def test_common_spellings():
     assert SamplingParams(top_k=0).top_k is None
 
 
+def test_samples_are_requests_of_their_own():
+    one = SamplingParams(seed=7, top_k=3)
+    assert one.samples() == [one]
+    assert SamplingParams(n=3, seed=7, top_k=3).samples() == [SamplingParams(seed=7 + i, top_k=3) for i in range(3)]
+    assert [s.seed for s in SamplingParams(n=2, seed=2**63 - 1).samples()] == [2**63 - 1, -(2**63)]
+    assert [s.seed for s in SamplingParams(n=2).samples()] == [None, None]
+
+
+def test_log_probabilities_by_token():
+    def floats(*values: float) -> bytes:
+        return array("f", values).tobytes()
+
+    def ints(*values: int) -> bytes:
+        return array("i", values).tobytes()
+
+    one = Logprobs(2, floats(-0.5), ints(1), ints(4, 9), floats(-0.5, -1.0))
+    two = Logprobs(2, floats(-2.0, -3.0), ints(3, 7), ints(1, 2, 3, 4), floats(-0.25, -1.5, -0.125, -4.0))
+    both = Logprobs.join([one, two])
+    assert len(both) == 3
+    assert both.rows() == [
+        (-0.5, 1, [(4, -0.5), (9, -1.0)]),
+        (-2.0, 3, [(1, -0.25), (2, -1.5)]),
+        (-3.0, 7, [(3, -0.125), (4, -4.0)]),
+    ]
+    assert both.row(1).rows() == both.rows()[1:2]
+    assert Logprobs(0, floats(-1.0), ints(5), b"", b"").rows() == [(-1.0, 5, [])]
+
+
 def test_messages_survive_the_wire():
     config = EngineConfig(model_dir="m", cache=CacheOptions(page_tokens=16, kv_memory_bytes=9), batch=BatchOptions())
-    submit = Submit("r", b"\1\0\0\0", SamplingParams(temperature=0, stop=("a",), seed=-5))
+    wish = {"json": {"type": "object"}}
+    sampling = SamplingParams(temperature=0, stop=("a",), seed=-5, logit_bias={7: -1.5}, structured_outputs=wish)
+    submit = Submit("r", b"\1\0\0\0", sampling)
     for message in (Configure(config, 7), submit):
         assert decode_to_engine(encode(message)) == message
 

@@ -153,3 +153,34 @@ def test_the_report_shows_the_load() -> None:
     assert report.pages_used_per_rank == (2, 1)
     checked.finish(max_steps=100)
     assert checked.engine.report([]).pages_used_per_rank == (0, 0)
+
+
+def test_each_step_is_reported_once_with_what_it_held() -> None:
+    checked = CheckedRun(KvSharding(page_tokens=4, pages_per_rank=(9, 9, 9)), BatchOptions(max_batch_tokens=8))
+    checked.submit(toy_submit(1, 3, 9, ignore_eos=True))
+    checked.step()
+    checked.submit(toy_submit(2, 20, 2, ignore_eos=True))
+    checked.step()
+    report = checked.engine.report([]).step_report
+    assert report is not None
+    assert (report.decode_rows, report.prefill_tokens) == (1, 7)
+    assert 0 < report.schedule_s < 1
+    assert checked.engine.report([]).step_report is None, "told twice"
+    checked.engine.abort("r2")
+    assert checked.engine.report([]).step_report is None, "there was no step"
+
+
+def test_the_report_counts_what_the_prefix_cache_was_asked_for_and_held() -> None:
+    checked = CheckedRun(KvSharding(page_tokens=4, pages_per_rank=(9, 9)), BatchOptions(max_batch_tokens=64))
+    checked.serve(toy_submit(1, 9, 1))
+    report = checked.engine.report([])
+    assert (report.prefix_queried_tokens, report.prefix_hit_tokens) == (9, 0)
+    assert report.pages_cached_per_rank == (1, 1)
+    assert report.page_imbalance == 1
+    checked.submit(toy_submit(2, 1, 9, behind=checked.text("r1"), ignore_eos=True))
+    checked.step()
+    report = checked.engine.report([])
+    assert (report.prefix_queried_tokens, report.prefix_hit_tokens) == (20, 8)
+    assert report.pages_cached_per_rank == (0, 0)
+    assert report.pages_used_per_rank == (2, 1)
+    assert report.page_imbalance == 4 / 3, "two pages where an even share would be one and a half"

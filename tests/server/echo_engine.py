@@ -3,6 +3,7 @@
 import asyncio
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import zmq
@@ -14,6 +15,7 @@ from leanserve.contracts.messages import (
     EngineInfo,
     EngineReady,
     Loading,
+    Logprobs,
     Shutdown,
     Submit,
     TokenOutput,
@@ -36,6 +38,19 @@ def engine_info(*, vocab_size: int = 512, max_context_tokens: int = 4096, eos: t
         dtype="float32",
         device="none",
         attention="none",
+    )
+
+
+def echo_logprobs(token_ids: Sequence[int], num_top: int) -> Logprobs:
+    """Each token has -id / 8 and is second to the ids after it, whose log-probabilities are -1/8, -1/4, ..."""
+    top_ids = [token_id + 1 + i for token_id in token_ids for i in range(num_top)]
+    top = [-(1 + i) / 8 for _ in token_ids for i in range(num_top)]
+    return Logprobs(
+        num_top,
+        array("f", [-token_id / 8 for token_id in token_ids]).tobytes(),
+        array("i", [2] * len(token_ids)).tobytes(),
+        array("i", top_ids).tobytes(),
+        array("f", top).tobytes(),
     )
 
 
@@ -161,4 +176,8 @@ class EchoEngine:
                 reason = "length"
         if reason is not None:
             del self.running[request_id]
-        return TokenOutput(request_id, token_ids, reason, None, stop_token_id, cached_tokens)
+        logprobs = None if sampling.logprobs is None else echo_logprobs(token_ids, sampling.logprobs)
+        prompt_logprobs = None
+        if sampling.prompt_logprobs is not None and request.sent == len(token_ids):
+            prompt_logprobs = echo_logprobs(request.prompt[1:], sampling.prompt_logprobs)
+        return TokenOutput(request_id, token_ids, reason, None, stop_token_id, cached_tokens, logprobs, prompt_logprobs)

@@ -64,9 +64,19 @@ def test_every_sampling_field_reaches_the_engine() -> None:
                 "stop_token_ids": [4, 5],
                 "ignore_eos": True,
                 "cache_salt": "tenant 7",
+                "min_tokens": 2,
+                "presence_penalty": 0.5,
+                "frequency_penalty": -0.5,
+                "repetition_penalty": 1.1,
+                "logit_bias": {"7": -100},
+                "allowed_token_ids": [6, 8],
+                "logprobs": 20,
+                "structured_outputs": {"choice": ["a", "b"], "regex": None},
+                "truncate_prompt_tokens": 4,
             }
             assert (await live.complete(prompt="x", **fields)).status_code == 200
             fields["stop"], fields["stop_token_ids"] = ("a", "bc"), (4, 5)
+            fields["logit_bias"], fields["structured_outputs"] = {7: -100}, {"choice": ["a", "b"]}
             assert live.engine.submits[0].sampling == SamplingParams(**fields)
             assert (await live.complete(prompt="x", stop="\n", max_completion_tokens=2)).status_code == 200
             assert unseeded(live.engine.submits[1]) == SamplingParams(max_tokens=2, stop=("\n",))
@@ -315,7 +325,7 @@ def test_a_long_prompt_of_ids_arrives_whole() -> None:
 def test_unknown_fields_are_counted_and_null_ones_are_nothing() -> None:
     async def scenario() -> None:
         async with live_server(TOKENIZER) as live:
-            harmless = {"logprobs": None, "echo": False, "logit_bias": {}, "frequency_penalty": 0.0, "tools": []}
+            harmless = {"suffix": None, "prompt_logprobs": None, "length_penalty": 1.0, "tools": []}
             answer = await live.complete(prompt="x", frobnicate={"a": [1]}, metadata=None, **harmless)
             assert answer.status_code == 200
             assert live.serving.counts.unknown_fields == 2

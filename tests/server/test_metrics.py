@@ -78,8 +78,8 @@ def test_what_is_counted_is_what_happened() -> None:
             def of(name: str, labels: str = "") -> float:
                 return seen["leanserve:" + name, labels]
 
-            assert of("prompt_tokens_total") == of("prefix_cache_queries_total") == 3 * 4 + 2 + 1 + 1 + 1
-            assert of("prefix_cache_hits_total") == 3 * 2 + 1
+            assert of("prompt_tokens_total") == 3 * 4 + 2 + 1 + 1 + 1
+            assert of("prompt_tokens_cached_total") == 3 * 2 + 1
             assert of("request_success_total", "finished_reason=length") == 4
             assert of("request_success_total", "finished_reason=stop") == 1
             assert of("request_success_total", "finished_reason=error") == 1

@@ -1,0 +1,72 @@
+"""Log-probabilities of tokens that were chosen or given, with those of the most likely ones.
+
+Shapes: M rows of logits, V vocabulary, k most likely tokens, L prompt tokens that this rank scores, R ranks.
+"""
+
+import numpy as np
+import torch
+
+from leanserve.contracts.messages import Logprobs
+from leanserve.distributed.ranks import Ranks
+from leanserve.model.activations import SCORED_LOGITS_BYTES
+from leanserve.model.decoder import Decoder
+from leanserve.worker.inputs import ScoredTokens
+
+__all__ = ["score", "score_prompts", "unpack"]
+
+
+def score(logits_MV: torch.Tensor, tokens_M: torch.Tensor, num_top: int) -> torch.Tensor:
+    """Of each row: its token's log-probability, that token's rank (1 is the most likely), the ids of the `num_top` most
+    likely tokens, and their log-probabilities.
+
+    Args:
+        logits_MV: float32, as the model gave them.
+
+    Returns:
+        float64 [M, 2 + 2 * num_top] (which holds ids and ranks exactly).
+    """
+    logprobs_MV = torch.log_softmax(logits_MV, dim=-1)
+    chosen_M1 = logprobs_MV.gather(1, tokens_M.unsqueeze(1))
+    ranks_M1 = (logprobs_MV > chosen_M1).sum(dim=-1, keepdim=True) + 1
+    top_Mk, ids_Mk = logprobs_MV.topk(min(num_top, logits_MV.shape[1]), dim=-1)
+    return torch.cat([column.double() for column in (chosen_M1, ranks_M1, ids_Mk, top_Mk)], dim=-1)
+
+
+def score_prompts(decoder: Decoder, hidden_NC: torch.Tensor, scored: ScoredTokens, ranks: Ranks) -> dict[int, Logprobs]:
+    """Score the prompt tokens of a step, each on the rank that has the hidden state of the token before it. Every rank
+    must call it.
+
+    Returns:
+        By sequence id, on rank 0; nothing on the others.
+    """
+    width = 2 + 2 * scored.num_top
+    most = max(scored.tokens_per_rank)
+    mine = torch.zeros((most, width), dtype=torch.float64, device=hidden_NC.device)
+    chunk_rows = max(1, SCORED_LOGITS_BYTES // (4 * decoder.architecture.vocab_size))
+    for start in range(0, scored.rows_L.shape[0], chunk_rows):
+        chunk = slice(start, start + chunk_rows)
+        logits_MV = decoder.logits(hidden_NC[scored.rows_L[chunk]])
+        mine[chunk][: logits_MV.shape[0]] = score(logits_MV, scored.targets_L[chunk], scored.num_top)
+    by_rank = ranks.all_gather(mine)
+    if ranks.rank != 0:
+        return {}
+    packed = by_rank.cpu().numpy()[scored.owners, scored.places]
+    found: dict[int, Logprobs] = {}
+    start = 0
+    for sequence_id, count, num_top in scored.spans:
+        found[sequence_id] = unpack(packed[start : start + count], num_top)
+        start += count
+    return found
+
+
+def unpack(packed: np.ndarray, num_top: int) -> Logprobs:
+    """Rows of `score`, with at most `num_top` of their most likely tokens, as a message carries them."""
+    width = (packed.shape[1] - 2) // 2
+    kept = min(num_top, width)
+    return Logprobs(
+        num_top=kept,
+        chosen=packed[:, 0].astype(np.float32).tobytes(),
+        ranks=packed[:, 1].astype(np.int32).tobytes(),
+        top_token_ids=packed[:, 2 : 2 + kept].astype(np.int32).tobytes(),
+        top=packed[:, 2 + width : 2 + width + kept].astype(np.float32).tobytes(),
+    )
