@@ -41,6 +41,8 @@ class Case:
     broken_page: tuple[int, int] | None = None
     """(rank, page) that is overwritten once every prompt has given a token: the outputs must change."""
     keep_logits: bool = False
+    generated: Sequence[Sequence[int]] = ()
+    """By prompt: what another engine generated already; empty: nothing."""
 
     def config(self) -> EngineConfig:
         token_bytes_of_kv = read_architecture(self.model_dir).kv_bytes_per_token(torch.float32.itemsize)
@@ -169,7 +171,8 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
             pages_left, preemptions = sum(report.pages_used_per_rank), report.preemptions
 
     for index, prompt in enumerate(case.prompts):
-        engine.submit(Submit(str(index), array("i", prompt).tobytes(), case.sampling))
+        generated = array("i", case.generated[index] if case.generated else ()).tobytes()
+        engine.submit(Submit(str(index), array("i", prompt).tobytes(), case.sampling, generated))
         if not case.at_once:
             drain()
     drain()
