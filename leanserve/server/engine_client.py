@@ -352,7 +352,10 @@ class EngineClient:
                     self.fail(message.message)
                 else:
                     self._last_words = self._last_words or message.message
-                    self._lose_soon()
+                    if self.health.ranks:  # others may have more to say of it
+                        self._lose_soon()
+                    else:
+                        self.lose(message.message)
 
     def on_rank(self, message: FromRank) -> None:
         if isinstance(message, Pulse):
