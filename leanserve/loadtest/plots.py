@@ -122,7 +122,7 @@ def _ttft(report: Report, records: Sequence[Record]) -> Plot | None:
     axes.scatter(tokens, ttft_ms, s=26, color=BLUE, alpha=0.7, linewidths=0, label="one request")
     if max(tokens) > 3 * min(tokens):
         _token_ticks(axes, tokens)
-    if max(ttft_ms) > 10 * min(ttft_ms):
+    if max(ttft_ms) > 10 * min(ttft_ms) > 0:
         axes.set_yscale("log")
         _time_axis(axes.yaxis, ttft_ms, log=True)
     else:
@@ -190,7 +190,7 @@ def _cdfs(records: Sequence[Record]) -> Plot | None:
             axes.xaxis.set_major_locator(LogLocator(10))
             axes.xaxis.set_minor_formatter(NullFormatter())
         else:
-            axes.set_xlim(0, max(sample) * 1.05)
+            axes.set_xlim(0, max(sample) * 1.05 or 1)
             axes.locator_params(axis="x", nbins=4)
         axes.xaxis.set_major_formatter(FuncFormatter(_seconds))
         axes.set(title=name, ylim=(0, 1.08))
