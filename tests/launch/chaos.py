@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,7 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> list[int]:
     return [token async for token in tokens_of(http, body)]
 
 
-async def tokens_of(http: httpx.AsyncClient, body: dict[str, Any], *, pause_s: float = 0.0) -> Any:
+async def tokens_of(http: httpx.AsyncClient, body: dict[str, Any], *, pause_s: float = 0.0) -> AsyncGenerator[int]:
     reasons: list[str] = []
     done = 0
     async with http.stream("POST", "/v1/completions", json=body) as response:
