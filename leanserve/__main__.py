@@ -59,6 +59,13 @@ class MetricsChoice(StrEnum):
     vllm = "vllm"
 
 
+class WeightsChoice(StrEnum):
+    auto = "auto"
+    replicated = "replicated"
+    mlp = "mlp"
+    all = "all"
+
+
 MODEL, RANKS, MEMORY, HTTP = "Model", "Ranks and devices", "Memory and batching", "HTTP"
 FAILURES, NODES = "Failures and the end", "Several machines"
 ACCESS, LIMITS, SIGHT = "Who may ask", "Limits", "What can be seen"
@@ -86,6 +93,21 @@ CommOption = Annotated[
 ]
 AttentionOption = Annotated[
     AttentionChoice, typer.Option(help="auto: Triton on GPUs, portable elsewhere.", rich_help_panel=RANKS)
+]
+EnforceEager = Annotated[
+    bool,
+    typer.Option(
+        "--enforce-eager",
+        help="No CUDA graphs: a faster start and less memory, slower decoding. On the CPU there are none anyway.",
+        rich_help_panel=RANKS,
+    ),
+]
+WeightsOption = Annotated[
+    WeightsChoice,
+    typer.Option(
+        help="Split over the ranks: none, MLP and vocabulary, or attention projections too. auto: what costs less.",
+        rich_help_panel=RANKS,
+    ),
 ]
 PageTokens = Annotated[int, typer.Option(help="Tokens per KV page: 16, 32, 64, 128 or 256.", rich_help_panel=MEMORY)]
 MaxContext = Annotated[
@@ -215,6 +237,8 @@ def serve(
     device: DeviceOption = DeviceChoice.auto,
     comm: CommOption = CommChoice.auto,
     attention: AttentionOption = AttentionChoice.auto,
+    enforce_eager: EnforceEager = False,
+    weights: WeightsOption = WeightsChoice.auto,
     dtype: DType = DTypeChoice.auto,
     page_tokens: PageTokens = 64,
     max_context_tokens: MaxContext = "auto",
@@ -308,6 +332,8 @@ def serve(
             device=device.value,
             comm=comm.value,
             attention=attention.value,
+            enforce_eager=enforce_eager,
+            weights=weights.value,
             page_tokens=page_tokens,
             kv_memory=None if kv_memory == "auto" else kv_memory,
             max_context_tokens=_count_or_auto("--max-context-tokens", max_context_tokens),
@@ -334,6 +360,8 @@ def generate(
     device: DeviceOption = DeviceChoice.auto,
     comm: CommOption = CommChoice.auto,
     attention: AttentionOption = AttentionChoice.auto,
+    enforce_eager: EnforceEager = False,
+    weights: WeightsOption = WeightsChoice.auto,
     dtype: DType = DTypeChoice.auto,
     page_tokens: PageTokens = 64,
     kv_memory: KvMemory = "auto",
@@ -352,6 +380,8 @@ def generate(
         device=device.value,
         comm=comm.value,
         attention=attention.value,
+        enforce_eager=enforce_eager,
+        weights=weights.value,
         dtype=dtype.value,
         page_tokens=page_tokens,
         kv_memory=None if kv_memory == "auto" else kv_memory,

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from leanserve.contracts.errors import EngineError, RequestError, RequestTooLongError
-from leanserve.contracts.messages import EngineInfo, Logprobs, PrefillProgress
+from leanserve.contracts.logprobs import Logprobs
+from leanserve.contracts.messages import EngineInfo, PrefillProgress
 from leanserve.contracts.sampling import FinishReason, SamplingParams
 from leanserve.grammars.grammar import check_grammar
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
@@ -89,8 +90,9 @@ class LLM:
 
     Args:
         model: a checkpoint directory or a hub id; None is the bundled model.
-        options: keywords of `LaunchOptions`: ranks, dtype, device, comm, attention, page_tokens, kv_memory,
-            max_context_tokens, prefix_cache, max_batch_tokens, max_sequences, long_prefill_tokens.
+        options: keywords of `LaunchOptions`: ranks, dtype, device, comm, attention, enforce_eager, weights,
+            page_tokens, kv_memory, max_context_tokens, prefix_cache, max_batch_tokens, max_sequences,
+            long_prefill_tokens.
 
     Raises:
         ConfigError, ModelError: an option or the checkpoint is wrong.

@@ -2,10 +2,12 @@
 
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import torch
@@ -13,15 +15,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import zmq
 
+from leanserve.attention.step import StepAttention
 from leanserve.contracts.batch import Stop
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
 from leanserve.contracts.messages import StepReport, Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
+from leanserve.distributed.ranks import Ranks
 from leanserve.launch.loading import LoadedRank, load_rank
 from leanserve.launch.place import Place
 from leanserve.launch.rank import follow, make_engine
 from leanserve.model.architecture import read_architecture
+from leanserve.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,13 @@ class Case:
     page_tokens: int = 16
     max_batch_tokens: int = 256
     prefix_cache: bool = True
+    device: str = "cpu"
+    """cuda: all ranks on one GPU, through Gloo."""
     attention: str = "auto"
+    weights: str = "auto"
+    seeds: Sequence[int] = ()
+    """One for each prompt, if any, in place of the sampling's own."""
+    counts_traffic: bool = False
     broken_page: tuple[int, int] | None = None
     """(rank, page) that is overwritten once every prompt has given a token: the outputs must change."""
     keep_logits: bool = False
@@ -49,8 +60,10 @@ class Case:
         return EngineConfig(
             model_dir=str(self.model_dir),
             dtype="float32",
-            device="cpu",
+            device=self.device,  # type: ignore[arg-type]
+            comm="gloo",
             attention=self.attention,  # type: ignore[arg-type]
+            weights=self.weights,  # type: ignore[arg-type]
             cache=CacheOptions(
                 page_tokens=self.page_tokens,
                 kv_memory_bytes=self.pages_per_rank * self.page_tokens * token_bytes_of_kv,
@@ -58,6 +71,16 @@ class Case:
             ),
             batch=BatchOptions(max_batch_tokens=self.max_batch_tokens),
         )
+
+
+@dataclass
+class StepTraffic:
+    """What one rank did in one step."""
+
+    tokens: int
+    """Whose hidden states it computed."""
+    bytes_sent: int
+    """To all ranks together, from within attention."""
 
 
 @dataclass
@@ -73,6 +96,8 @@ class Answer:
     cached_tokens: list[int]
     """By prompt: tokens that were in the prefix cache."""
     step_reports: list[StepReport] = field(default_factory=list)
+    traffic: list[list[StepTraffic]] = field(default_factory=list)
+    """With counts_traffic: of each rank, its steps that computed something."""
     logprobs: list[list[tuple[float, int, list[tuple[int, float]]]]] = field(default_factory=list)
     """By prompt, of each token, where `logprobs` is asked for: its own, its rank, the most likely (id, logprob)s."""
     prompt_logprobs: list[list[tuple[float, int, list[tuple[int, float]]]]] = field(default_factory=list)
@@ -85,7 +110,7 @@ def run_cases(num_ranks: int, cases: Sequence[Case]) -> list[Answer]:
     """Serve the cases in turn on one group of ranks; one rank runs in this very process."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         if num_ranks == 1:
-            return _serve_cases(0, 1, cases, Path(folder))
+            return _with_traffic(_serve_cases(0, 1, cases, Path(folder)), 1, cases, Path(folder))
         context = mp.get_context("spawn")
         ranks = [
             context.Process(target=_run, args=(rank, num_ranks, cases, Path(folder)), daemon=True)
@@ -97,7 +122,16 @@ def run_cases(num_ranks: int, cases: Sequence[Case]) -> list[Answer]:
             process.join(240)
         codes = [process.exitcode for process in ranks]
         assert codes == [0] * num_ranks, f"exit codes of the ranks: {codes}"
-        return msgspec.json.decode((Path(folder) / "answers").read_bytes(), type=list[Answer])
+        answers = msgspec.json.decode((Path(folder) / "answers").read_bytes(), type=list[Answer])
+        return _with_traffic(answers, num_ranks, cases, Path(folder))
+
+
+def _with_traffic(answers: list[Answer], num_ranks: int, cases: Sequence[Case], folder: Path) -> list[Answer]:
+    for number, case in enumerate(cases):
+        if case.counts_traffic:
+            files = [folder / str(number) / f"traffic-{rank}" for rank in range(num_ranks)]
+            answers[number].traffic = [msgspec.json.decode(f.read_bytes(), type=list[StepTraffic]) for f in files]
+    return answers
 
 
 def _run(rank: int, size: int, cases: Sequence[Case], folder: Path) -> None:
@@ -118,7 +152,7 @@ def _serve_cases(rank: int, size: int, cases: Sequence[Case], folder: Path) -> l
         run_dir.mkdir(exist_ok=True)
         if case.broken_page is not None and case.broken_page[0] == rank:
             _break_page(loaded, case)
-        with zmq.Context() as context:
+        with zmq.Context() as context, _counted_traffic(case, run_dir / f"traffic-{rank}"):
             if rank == 0:
                 sender = StepSender(context, run_dir, size)
                 answers.append(_answer(loaded, case, config, sender))
@@ -136,8 +170,9 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
     if case.keep_logits:
         logits_of = loaded.decoder.logits
 
-        def keep(hidden: torch.Tensor) -> torch.Tensor:
+        def keep(hidden: torch.Tensor) -> torch.Tensor | None:
             logits = logits_of(hidden)
+            assert logits is not None, "rank 0 gets the logits"
             kept.append(logits.tolist())
             return logits
 
@@ -171,8 +206,9 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
             pages_left, preemptions = sum(report.pages_used_per_rank), report.preemptions
 
     for index, prompt in enumerate(case.prompts):
+        sampling = msgspec.structs.replace(case.sampling, seed=case.seeds[index]) if case.seeds else case.sampling
         generated = array("i", case.generated[index] if case.generated else ()).tobytes()
-        engine.submit(Submit(str(index), array("i", prompt).tobytes(), case.sampling, generated))
+        engine.submit(Submit(str(index), array("i", prompt).tobytes(), sampling, generated))
         if not case.at_once:
             drain()
     drain()
@@ -183,10 +219,48 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
         pages_left,
         cached_tokens,
         step_reports,
-        logprobs,
-        prompt_logprobs,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         rows_logits=kept,
     )
+
+
+@contextmanager
+def _counted_traffic(case: Case, file: Path) -> Iterator[None]:
+    """Note what this rank computes in each step, and what it sends while it attends; write it to `file` at the end."""
+    if not case.counts_traffic:
+        yield
+        return
+    steps: list[StepTraffic] = []
+    attends = False
+
+    def forward(decoder: Decoder, tokens_N: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        steps.append(StepTraffic(tokens=len(tokens_N), bytes_sent=0))
+        return plain_forward(decoder, tokens_N, *args, **kwargs)
+
+    def attend(attention: StepAttention, *args: Any) -> torch.Tensor:
+        nonlocal attends
+        attends = True
+        out = plain_attend(attention, *args)
+        attends = False
+        return out
+
+    def counted(collective: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def send(ranks: Ranks, mine: torch.Tensor, *args: Any) -> torch.Tensor:
+            if attends:
+                steps[-1].bytes_sent += mine.numel() * mine.element_size()
+            return collective(ranks, mine, *args)
+
+        return send
+
+    plain_forward, plain_attend = Decoder.forward, StepAttention.__call__
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Decoder, "forward", forward))
+        stack.enter_context(patch.object(StepAttention, "__call__", attend))
+        for name in ("all_gather", "all_to_all", "broadcast_from_rank_0"):
+            stack.enter_context(patch.object(Ranks, name, counted(getattr(Ranks, name))))
+        yield
+    file.write_bytes(msgspec.json.encode(steps))
 
 
 def _break_page(loaded: LoadedRank, case: Case) -> None:

@@ -1,12 +1,15 @@
 """The gate: greedy tokens equal to transformers' for every rank count, family, length, batch and page pool."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 import pytest
 import torch
 
 from checkpoints import VOCAB_SIZE, checkpoint, hf_greedy, hf_logits, random_prompts
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.worker.sampler import Draw, sample
+from pairwise import pairwise_cases
 from rank_group import Answer, Case, run_cases
 
 PAGE = 16
@@ -30,6 +33,27 @@ def model_dirs(tmp_path_factory):
     return {family: checkpoint(tmp_path_factory, family, **shape) for family, shape in SHAPES.items()}
 
 
+# Any two of these meet in one case: how a prompt is cut, on how many ranks, and what is in the cache or is taken away.
+CHUNKS = pairwise_cases(
+    {"ranks": [1, 2, 3, 4], "chunk": [1, 7, 16, 64, 4096], "pool": ["no cache", "cache", "too small"]}
+)
+
+
+def chunked_case(model_dir, *, ranks: int, chunk: int, pool: str) -> Case:
+    """Three prompts that begin alike and one that does not. Too small: some have to take turns."""
+    head, *tails = random_prompts([20, 9, 14, 1, 30], seed=14)
+    too_small = pool == "too small"
+    return Case(
+        model_dir,
+        [head + tails[0], head + tails[1], tails[3], head + tails[2]],
+        SamplingParams(temperature=0, max_tokens=20 if too_small else NEW_TOKENS),
+        page_tokens=PAGE,
+        pages_per_rank=-(-5 // ranks) if too_small else 400,
+        max_batch_tokens=chunk,
+        prefix_cache=pool != "no cache",
+    )
+
+
 def cases_of(model_dirs) -> list[tuple[str, Case]]:
     cases = []
     for family, model_dir in model_dirs.items():
@@ -42,28 +66,113 @@ def cases_of(model_dirs) -> list[tuple[str, Case]]:
     return cases
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_greedy_tokens_equal_transformers(model_dirs, num_ranks):
-    cases = cases_of(model_dirs)
-    # A pool that holds the longest prompt and little more: the others must give way and be computed again.
-    tight = Case(
+def tight_pool(model_dirs, num_ranks: int) -> Case:
+    """A pool that holds the longest prompt and little more: the others must give way and be computed again."""
+    return Case(
         model_dirs["qwen3"],
         random_prompts([60, 200, 90, 130, 100, 60, 40, 15], seed=3),
         SamplingParams(temperature=0, max_tokens=40),
         page_tokens=PAGE,
         pages_per_rank=-(-20 // num_ranks),
     )
-    answers = run_cases(num_ranks, [case for _, case in cases] + [tight])
-    for (name, case), answer in zip([*cases, ("tight pool", tight)], answers, strict=True):
-        expected = hf_greedy(case.model_dir, case.prompts, case.sampling.max_tokens)
-        assert answer.token_ids == expected, name
+
+
+CHUNK_PAGES = 7
+
+
+def counted_prefill(model_dirs) -> Case:
+    """A prompt of three chunks, the last one not quite full."""
+    prompts = random_prompts([3 * CHUNK_PAGES * PAGE - 5], seed=16)
+    chunk = CHUNK_PAGES * PAGE
+    return Case(model_dirs["llama"], prompts, GREEDY, page_tokens=PAGE, max_batch_tokens=chunk, counts_traffic=True)
+
+
+def four_samples(model_dirs) -> Case:
+    prompts = random_prompts([3 * PAGE + 9], seed=15) * 4
+    sampling = SamplingParams(temperature=0.9, top_k=30, max_tokens=8)
+    return Case(model_dirs["qwen2"], prompts, sampling, seeds=(11, -3, 2**62, 0), page_tokens=PAGE)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a group of ranks made of all cases: to start one takes longer than to serve them."""
+
+    num_ranks: int
+    greedy: list[tuple[str, Case, Answer]]
+    tight_pool: Answer
+    counted: tuple[Case, Answer]
+    samples: tuple[Case, Answer]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids="{}-ranks".format)
+def group(request, model_dirs) -> Group:
+    num_ranks = request.param
+    cases = cases_of(model_dirs)
+    cases += [(f"{cut}", chunked_case(model_dirs["qwen2"], **cut)) for cut in CHUNKS if cut["ranks"] == num_ranks]
+    cases.append(("tight pool", tight_pool(model_dirs, num_ranks)))
+    cases.append(("counted", counted_prefill(model_dirs)))
+    samples = four_samples(model_dirs)
+    *answers, sampled = run_cases(num_ranks, [*(case for _, case in cases), samples])
+    greedy = [(name, case, answer) for (name, case), answer in zip(cases, answers, strict=True)]
+    return Group(num_ranks, greedy, answers[-2], greedy[-1][1:], (samples, sampled))
+
+
+def test_greedy_tokens_equal_transformers(group):
+    for name, case, answer in group.greedy:
+        assert answer.token_ids == hf_greedy(case.model_dir, case.prompts, case.sampling.max_tokens), name
         assert answer.finish_reasons == ["length"] * len(case.prompts), name
         assert answer.pages_left == 0, name
+    assert group.tight_pool.preemptions > 0
+
+
+def test_time_in_collectives_is_told_for_each_step_that_computes(group):
+    for _, _, answer in group.greedy:
         for report in answer.step_reports:
             computed = bool(report.decode_rows or report.prefill_tokens)
-            assert (report.times.combine_s > 0) == (computed and num_ranks > 1)
+            assert (report.times.combine_s > 0) == (computed and group.num_ranks > 1)
             assert report.times.combine_s <= report.times.forward_s + report.times.sample_s
-    assert answers[-1].preemptions > 0
+
+
+def test_each_rank_computes_its_share_and_no_key_or_value_travels(group):
+    """Counted in every step: whose hidden states a rank computes, and each byte that it sends while it attends."""
+    case, answer = group.counted
+    heads, head_dim, chunk = 6, 16, CHUNK_PAGES * PAGE
+    bytes_of_numbers = 4 * 3 if group.num_ranks > 1 else 0  # float32, in each of three layers
+    chunks = [chunk, chunk, chunk - 5]
+    for step, tokens in enumerate(chunks):
+        per_rank = [steps[step].tokens for steps in answer.traffic]
+        assert sum(per_rank) == tokens
+        assert max(per_rank) <= -(-CHUNK_PAGES // group.num_ranks) * PAGE, "a rank's share, to within a page"
+        # Queries of the longest share to everybody, and a state for each query of the chunk to its owner.
+        queries, states = max(per_rank) * heads * head_dim, tokens * heads * (head_dim + 1)
+        assert {steps[step].bytes_sent for steps in answer.traffic} == {bytes_of_numbers * (queries + states)}
+    for steps in answer.traffic:
+        decode = steps[len(chunks) :]
+        assert len(decode) == case.sampling.max_tokens - 1
+        assert {step.tokens for step in decode} == {1}
+        assert {step.bytes_sent for step in decode} == {bytes_of_numbers * heads * (head_dim + 1)}
+
+
+def test_four_samples_of_one_prompt_are_those_of_transformers_logits(group):
+    """Three follow the first and copy its last page. Each token is what its seed draws from the peer's logits."""
+    case, answer = group.samples
+    prompt = case.prompts[0]
+    assert answer.cached_tokens == [0] + [len(prompt) - 1] * 3
+    assert len({tuple(token_ids) for token_ids in answer.token_ids}) == 4
+    for seed, token_ids in zip(case.seeds, answer.token_ids, strict=True):
+        logits = hf_logits(case.model_dir, [*prompt, *token_ids])[len(prompt) - 1 : -1]
+        draws = [Draw(case.sampling, seed, index) for index in range(len(token_ids))]
+        assert sample(logits, draws).tolist() == token_ids
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_greedy_tokens_on_ranks_that_share_a_gpu_equal_transformers(model_dirs, num_ranks):
+    """Triton's kernels; one rank replays CUDA graphs, several go through Gloo and launch every step anew."""
+    cases = [(name, replace(case, device="cuda")) for name, case in cases_of(model_dirs)]
+    for (name, case), answer in zip(cases, run_cases(num_ranks, [case for _, case in cases]), strict=True):
+        assert answer.token_ids == hf_greedy(case.model_dir, case.prompts, case.sampling.max_tokens), name
+        assert answer.pages_left == 0, name
 
 
 def chats(model_dir, *, system_tokens: int, turns: int) -> list[list[int]]:
@@ -79,9 +188,15 @@ def chats(model_dir, *, system_tokens: int, turns: int) -> list[list[int]]:
     return prompts
 
 
+def found(known_tokens: int) -> int:
+    """Of tokens that are cached: whole pages, and some of the page after them, if that is worth a copy."""
+    rest = known_tokens % PAGE
+    return known_tokens - (rest if rest < PAGE / 4 else 0)
+
+
 def cached_cases_of(model_dirs) -> dict[str, tuple[Case, list[int]]]:
     """Cases with what each prompt must find in the cache."""
-    prompts = chats(model_dirs["qwen3"], system_tokens=50, turns=4)
+    prompts = chats(model_dirs["qwen3"], system_tokens=50, turns=10)
     # The first to speak finds nothing, the second the system prompt, both later all but the newest token of their past.
     known = [0, 50] + [len(prompt) + NEW_TOKENS - 1 for prompt in prompts[:-2]]
     chat = Case(model_dirs["qwen3"], prompts, GREEDY, at_once=False, page_tokens=PAGE)
@@ -89,10 +204,10 @@ def cached_cases_of(model_dirs) -> dict[str, tuple[Case, list[int]]]:
     repeated = Case(model_dirs["llama"], [one, other, one, other, one[:40]], GREEDY, at_once=False, page_tokens=PAGE)
     window = Case(model_dirs["mistral"], [other, other[:90], other], GREEDY, at_once=False, page_tokens=PAGE)
     return {
-        "two conversations": (chat, [tokens // PAGE * PAGE for tokens in known]),
-        # A prompt of whole pages computes its last page again, for the token that the next one is sampled from.
-        "repeated": (repeated, [0, 0, 3 * PAGE, 96, 32]),
-        "repeated, a window": (window, [0, 80, 96]),
+        "two conversations": (chat, [found(tokens) for tokens in known]),
+        # The last token is computed again, for the next one is sampled from it.
+        "repeated": (repeated, [0, 0, 4 * PAGE - 1, found(99), found(39)]),
+        "repeated, a window": (window, [0, found(89), found(99)]),
         "switched off": (replace(repeated, prefix_cache=False), [0] * 5),
     }
 
@@ -128,7 +243,7 @@ def test_greedy_tokens_with_a_prefix_cache_equal_transformers(model_dirs, num_ra
         assert answer.token_ids == hf_greedy(case.model_dir, case.prompts, case.sampling.max_tokens)
         assert sum(answer.cached_tokens) > 0
         assert answer.pages_left == 0
-    assert answers[-2].cached_tokens[1] == 9 * PAGE, "at once again: all of it"
+    assert answers[-2].cached_tokens[1] == 149, "at once again: all of it"
     assert answers[-2].cached_tokens[-1] < 9 * PAGE, "after two others: some of it was forgotten"
     assert answers[-1].preemptions > 0
 
@@ -173,18 +288,81 @@ def test_one_broken_page_changes_the_answer(model_dirs):
     assert answers[1].token_ids != expected
 
 
+def split_cases_of(model_dirs, num_ranks) -> list[Case]:
+    """MLP and vocabulary split, or all matrices, in turn: chunks of at most 64 tokens beside decode rows."""
+    families = {2: ["llama", "mistral", "qwen2"], 4: ["qwen2", "qwen3", "smollm3"]}.get(num_ranks, list(model_dirs))
+    prompts = random_prompts([1, 33, 130, 7], seed=14)
+    return [
+        Case(model_dirs[family], prompts, GREEDY, page_tokens=PAGE, max_batch_tokens=64, weights=weights)
+        for family, weights in zip(families, cycle(["mlp", "all"]), strict=False)
+    ]
+
+
+def awkward_split_cases_of(model_dirs) -> list[Case]:
+    """For 3 ranks: 5 and 5, 14 and 2 heads; small chunks, a prefix cache that hits, a pool that some must leave."""
+    head, one = random_prompts([40, 21], seed=15)
+    tails = random_prompts([9, 33, 1, 25, 17], seed=16)
+    crowded = Case(
+        model_dirs["qwen2"],
+        [head + tail for tail in tails],
+        SamplingParams(temperature=0, max_tokens=24),
+        page_tokens=PAGE,
+        pages_per_rank=4,
+        weights="mlp",
+    )
+    return [
+        crowded,
+        replace(crowded, weights="all"),
+        Case(model_dirs["mistral"], [one, head], GREEDY, page_tokens=PAGE, max_batch_tokens=7, weights="mlp"),
+        Case(model_dirs["mistral"], [one, head], GREEDY, page_tokens=PAGE, max_batch_tokens=7, weights="all"),
+        Case(model_dirs["llama"], [one], GREEDY, page_tokens=PAGE, max_batch_tokens=1, weights="all"),
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_greedy_tokens_with_split_weights_equal_transformers(tmp_path_factory, model_dirs, num_ranks):
+    cases = split_cases_of(model_dirs, num_ranks)
+    if num_ranks == 3:
+        cases += awkward_split_cases_of(model_dirs)
+    if num_ranks == 4:
+        # Fewer columns than ranks: some hold nothing of the MLP, or of what attention gives.
+        narrow = {"heads": 1, "kv_heads": 1, "head_dim": 2, "hidden": 8, "intermediate_size": 3, "vocab_size": 101}
+        model_dir = checkpoint(tmp_path_factory, "qwen2", tied=True, **narrow)
+        prompts = random_prompts([5, 40], seed=17, vocab_size=101)
+        cases.append(Case(model_dir, prompts, GREEDY, page_tokens=PAGE, weights="all"))
+    answers = run_cases(num_ranks, cases)
+    for case, answer in zip(cases, answers, strict=True):
+        expected = hf_greedy(case.model_dir, case.prompts, case.sampling.max_tokens)
+        assert answer.token_ids == expected, f"{case.model_dir.name} {case.weights}"
+        assert answer.pages_left == 0
+    if num_ranks == 3:
+        for crowded in answers[5:7]:
+            assert crowded.preemptions > 0
+            assert sum(crowded.cached_tokens) > 0
+
+
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_logits_equal_transformers(model_dirs, num_ranks):
-    prompts = {family: random_prompts([150], seed=6)[0] for family in model_dirs}
+def test_logits_equal_transformers(tmp_path_factory, model_dirs, num_ranks):
+    biased = checkpoint(tmp_path_factory, "llama", attention_bias=True, mlp_bias=True, layers=2)
+    (prompt,) = random_prompts([150], seed=6)
     one_token = SamplingParams(temperature=0, max_tokens=1)
     cases = [
-        Case(model_dirs[family], [prompt], one_token, page_tokens=PAGE, max_batch_tokens=64, keep_logits=True)
-        for family, prompt in prompts.items()
+        Case(
+            model_dir,
+            [prompt],
+            one_token,
+            page_tokens=PAGE,
+            max_batch_tokens=64,
+            weights=weights,
+            keep_logits=True,
+        )
+        for model_dir in [*model_dirs.values(), biased]
+        for weights in (["replicated"] if num_ranks == 1 else ["replicated", "mlp", "all"])
     ]
     for case, answer in zip(cases, run_cases(num_ranks, cases), strict=True):
         expected = hf_logits(case.model_dir, case.prompts[0])[-1]
         error = (torch.tensor(answer.rows_logits[-1][0]) - expected).abs().max() / expected.abs().max()
-        assert error < 2e-5, f"{case.model_dir.name}: {error:.2e} of the logits' scale"
+        assert error < 2e-5, f"{case.model_dir.name}, {case.weights}: {error:.2e} of the logits' scale"
 
 
 def test_seeded_samples_do_not_depend_on_company_or_ranks(model_dirs):

@@ -22,7 +22,7 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(model_dir):
-    with LLM(model_dir, ranks=2, dtype="float32", **SMALL) as llm:
+    with LLM(model_dir, ranks=2, dtype="float32", weights="all", **SMALL) as llm:
         yield llm
 
 
@@ -35,6 +35,10 @@ def test_generate_equals_transformers(llm, model_dir):
     assert [r.outputs[0].token_ids for r in results] == hf_greedy(model_dir, prompts, 6)
     assert {r.outputs[0].finish_reason for r in results} == {"length"}
     assert [r.outputs[0].text for r in results] == ["", "", ""]
+
+
+def test_the_engine_says_which_weights_are_split(llm):
+    assert llm.info.weights.startswith("all matrices split over the ranks, 0.00 of 0.00 GiB on each")
 
 
 def test_one_prompt_and_params_per_prompt(llm):

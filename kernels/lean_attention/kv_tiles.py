@@ -67,15 +67,18 @@ def cut_tiles(
     Raises ValueError if a sequence has more tokens than pages, or lists a page that the pool has not.
     """
     T, max_pages = kv.page_tokens, kv.page_table.shape[1]
-    table, lengths = kv.page_table.long().cpu(), kv.lengths.long().cpu()[:, None]
+    lengths = kv.lengths.long().cpu()[:, None]
     if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= max_pages * T:
         raise ValueError(
             f"lengths run from {int(lengths.min())} to {int(lengths.max())} tokens; allowed: 0 to {max_pages * T} "
             f"({max_pages} pages of {T} in the page table)"
         )
-    starts = torch.arange(max_pages) * T
+    # A table may be far wider than what its sequences need today.
+    used_pages = -(-int(lengths.max()) // T) if lengths.numel() else 0
+    table = kv.page_table[:, :used_pages].long().cpu()
+    starts = torch.arange(used_pages) * T
     filled = (lengths - starts).clamp(0, T)
-    positions = starts if kv.page_positions is None else kv.page_positions.long().cpu()
+    positions = starts if kv.page_positions is None else kv.page_positions[:, :used_pages].long().cpu()
     skip = torch.zeros_like(filled)
     if first_seen is not None:
         skip = (first_seen.cpu()[:, None] - positions).clamp(0, T)

@@ -231,24 +231,52 @@ def plan_stream_k(
         num_ctas = max(1, B * K * fixed_split)
     elif num_ctas is None:
         num_ctas = device_ctas(kv.device, tuning.ctas_per_sm)
-    slots = 2 * num_ctas
-    work = torch.empty(5 + 3 * B + 3 * num_ctas, dtype=torch.int32, device=kv.device)
-    scratch = torch.empty(slots * group * (D + 2), dtype=torch.float32, device=kv.device)
-    visible = None
-    if window is not None and kv.page_positions is not None:
-        assert q_positions is not None, "a window over pages with positions needs the query's own"
-        visible = torch.empty(2 * B, dtype=torch.int32, device=kv.device)
-        if B:
-            visible_kernel[(B,)](
-                kv.lengths, q_positions, kv.page_positions, visible, window, kv.page_positions.stride(0),
-                kv.page_tokens, BLOCK=PAGES_AT_ONCE, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-    deal_kernel[(1,)](
-        kv.lengths, q_positions if visible is None and window is not None else None, visible, work,
-        window if visible is None else None, B, K, num_ctas, tuning.min_tiles, tuning.tile, B.bit_length(),
-        BLOCK=SEQUENCES_AT_ONCE, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    work = _deal(
+        kv.lengths, kv.page_positions, q_positions, window, kv.page_tokens, K, num_ctas, tuning.min_tiles, tuning.tile
+    )
+    scratch = torch.empty(2 * num_ctas * group * (D + 2), dtype=torch.float32, device=kv.device)
     return StreamKPlan(
         work, scratch, B, K, group, D, kv.page_tokens, num_ctas, fixed_split or 0,
         tuning.tile, tuning.num_warps, tuning.num_stages, tuning.min_tiles, tuning.fan_in,
     )  # fmt: skip
+
+
+@torch.library.custom_op("lean_attention::deal_tiles", mutates_args=())
+def _deal(
+    lengths: Tensor,
+    page_positions: Tensor | None,
+    q_positions: Tensor | None,
+    window: int | None,
+    page_tokens: int,
+    kv_heads: int,
+    num_ctas: int,
+    min_tiles: int,
+    tile: int,
+) -> Tensor:
+    """`StreamKPlan.work`."""
+    B = lengths.shape[0]
+    work = torch.empty(_work_words(B, num_ctas), dtype=torch.int32, device=lengths.device)
+    visible = None
+    if window is not None and page_positions is not None:
+        assert q_positions is not None, "a window over pages with positions needs the query's own"
+        visible = torch.empty(2 * B, dtype=torch.int32, device=lengths.device)
+        if B:
+            visible_kernel[(B,)](
+                lengths, q_positions, page_positions, visible, window, page_positions.stride(0), page_tokens,
+                BLOCK=PAGES_AT_ONCE, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+    deal_kernel[(1,)](
+        lengths, q_positions if visible is None and window is not None else None, visible, work,
+        window if visible is None else None, B, kv_heads, num_ctas, min_tiles, tile, B.bit_length(),
+        BLOCK=SEQUENCES_AT_ONCE, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return work
+
+
+@_deal.register_fake
+def _(lengths, page_positions, q_positions, window, page_tokens, kv_heads, num_ctas, min_tiles, tile) -> Tensor:
+    return lengths.new_empty(_work_words(lengths.shape[0], num_ctas))
+
+
+def _work_words(num_sequences: int, num_ctas: int) -> int:
+    return 5 + 3 * num_sequences + 3 * num_ctas

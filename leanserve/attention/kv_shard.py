@@ -32,6 +32,12 @@ class KvShard:
             (num_layers, 2, num_pages, num_kv_heads, page_tokens, head_dim), dtype=dtype, device=device
         )
 
+    def copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole pages, (source, target) each: all sources are read before any target is written."""
+        if copies:
+            sources, targets = (list(pages) for pages in zip(*copies, strict=True))
+            self.pool_L2PKTD[:, :, targets] = self.pool_L2PKTD[:, :, sources]
+
     def view(
         self,
         layer: int,

@@ -39,10 +39,11 @@ class StepLayout:
     """int32: this rank's page for each token's key and value, or -1 where another rank owns it."""
     slots_N: torch.Tensor
     """int32: the slot inside that page."""
-    decode: SequencePages
-    prefill: SequencePages
+    decode: SequencePages | None
+    """None in a step without decode rows."""
+    prefill: SequencePages | None
     share: PrefillShare | None
-    """None in a step without prefill."""
+    """Both None in a step without prefill."""
 
 
 class StepAttention:
@@ -68,11 +69,10 @@ class StepAttention:
         self._ranks = ranks
         self._windows = windows
         self._backend: Backend | None = backend
-        self._num_decode = layout.decode.num_sequences
         self._plans: dict[int | None, DecodePlan] = {}
-        if self._num_decode:
+        if layout.decode is not None:
             kv = self._view(0, layout.decode)
-            positions_B = layout.positions_N[: self._num_decode]
+            positions_B = layout.positions_N[: layout.decode.num_sequences]
             for window in set(windows):
                 self._plans[window] = plan_decode(
                     kv, num_heads, window=window, q_positions=positions_B, backend=backend
@@ -83,13 +83,17 @@ class StepAttention:
 
     def __call__(self, layer: int, q_NHD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor) -> torch.Tensor:
         """Attention output [N, H, D] in q's dtype."""
-        layout, split, window = self._layout, self._num_decode, self._windows[layer]
-        kv = self._view(layer, layout.decode if split else layout.prefill)
-        append_kv(k_NKD, v_NKD, kv, layout.pages_N, layout.slots_N)
-        parts = []
-        if split:
+        layout, window = self._layout, self._windows[layer]
+        pages = layout.decode or layout.prefill
+        assert pages is not None, "a step has rows"
+        append_kv(k_NKD, v_NKD, self._view(layer, pages), layout.pages_N, layout.slots_N)
+        parts, split = [], 0
+        if layout.decode is not None:
+            split = layout.decode.num_sequences
+            kv = self._view(layer, layout.decode)
             parts.append(sharded_decode(q_NHD[:split], kv, self._plans[window], self._ranks))
-        if layout.share is not None:
+        if layout.prefill is not None:
+            assert layout.share is not None
             kv = self._view(layer, layout.prefill)
             parts.append(
                 sharded_prefill(q_NHD[split:], kv, layout.share, self._ranks, window=window, backend=self._backend)

@@ -7,7 +7,15 @@ engine              the grid of `bench engine`, measured cell by cell, every sys
   leanserve_ranks       ours, on any number of ranks
   transformers_peer     transformers' generate
   random_model        the checkpoint that all of them load
+  floor               what a decode step cannot do without reading
   machine             where it ran, and how fast its memory can be read
+gpu                 decode on one GPU, with graphs and without, and what must be the same
+gpu_report          its figures and checks; JSON and the table
+prefill             `bench prefill`: the same systems at long prompts, and
+  waits               what others wait beside a long prefill, with the bundled model
+  host_cost           what the engine costs where nothing is computed
+  prefill_report      its figures
+multigpu            `bench multigpu`: parity and scaling over GPUs
 report              figures, ratios and the target; JSON and the table
 plot                the same as a picture
 """

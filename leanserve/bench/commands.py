@@ -124,3 +124,121 @@ def frontend(
 
     figures = run_frontend_bench(streams, tokens, Console(stderr=True))
     print_frontend_figures(figures, Console())
+
+
+@bench_app.command()
+def gpu(
+    out: Annotated[Path | None, typer.Option(metavar="DIR", file_okay=False, help="Write gpu.json here.")] = None,
+    ranks: Annotated[
+        str, typer.Option(metavar="N,...", help="Rank counts that must give the same tokens, all on one GPU.")
+    ] = "1,2,3",
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A tiny model, on the CPU too, to try the command; its figures say nothing.")
+    ] = False,
+) -> None:
+    """Decode on one GPU: step time and where it goes, with CUDA graphs and without, and what must be the same.
+
+    A random Llama of 1.5B parameters in bfloat16, at 1k, 32k and 128k tokens,
+    beside the time to read its weights and KV once at the bandwidth that is
+    measured here. At every cell the logits of a replayed step must be those
+    of an eager one, bit for bit; and ranks that share the GPU through Gloo
+    must give the tokens of one rank, in float32. About five minutes. Exits
+    with 1 if a check fails.
+    """
+    from leanserve.bench.gpu import run_gpu_bench
+    from leanserve.bench.gpu_report import print_gpu_report, write_gpu_report
+
+    counts = _numbers(ranks, "--ranks")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    report = run_gpu_bench(counts, Console(stderr=True), tiny=tiny)
+    if out is not None:
+        write_gpu_report(report, out)
+    print_gpu_report(report, Console())
+    if not all(check.passed for check in report.checks):
+        raise typer.Exit(1)
+
+
+@bench_app.command()
+def prefill(
+    ranks: Annotated[str, typer.Option(metavar="N,...", help="Rank counts of LeanServe.")] = "1,2,4",
+    quick: Annotated[bool, typer.Option("--quick", help="An eighth of the lengths.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A few tokens of a tiny model, to try the command; its figures say nothing.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", file_okay=False, help="Write prefill.json and prefill.png here.")
+    ] = None,
+) -> None:
+    """Long prompts on this machine's CPU: waits beside one, prefill and decode speed, a prefix in common.
+
+    A prompt of 65,000 tokens is computed by the bundled model while four
+    streams run and requests of 100 tokens arrive. Then a random model of its
+    size is prefilled with 1k, 8k and 32k tokens and decodes at 1k, 16k and
+    64k, beside transformers `generate`; and 8 requests that begin with the
+    same 16k tokens are served with the prefix cache and without.
+    """
+    from leanserve.bench.prefill import PrefillGrid, run_prefill_bench
+    from leanserve.bench.prefill_report import print_prefill_report, write_prefill_report
+    from leanserve.bench.random_model import SMALL, TINY
+
+    part = 512 if tiny else 8 if quick else 1
+    grid = PrefillGrid(
+        host_tokens=2**20 // part,
+        long_prompt_tokens=max(65_000 // part, 3 * 2048),
+        prefill_tokens=tuple(max(tokens // part, 16) for tokens in (1024, 8192, 32_768)),
+        decode_tokens=tuple(max(tokens // part, 16) for tokens in (1024, 16_384, 65_536)),
+        shared_tokens=max(16_384 // part, 64),
+        sharers=8,
+        ranks=_numbers(ranks, "--ranks"),
+        model=TINY if tiny else SMALL,
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    report = run_prefill_bench(grid, Console(stderr=True))
+    if out is not None:
+        write_prefill_report(report, out)
+    print_prefill_report(report, Console())
+    if report.ended_early is not None:
+        raise typer.Exit(1)
+
+
+@bench_app.command()
+def multigpu(
+    ranks: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Rank counts. Default: 1, 2, 4, ... and all GPUs.")
+    ] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"], typer.Option(help="cpu tries the script over Gloo, without a GPU.")
+    ] = "cuda",
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A tiny model, to try the command; its figures say nothing.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", file_okay=False, help="Write multigpu.json here.")] = None,
+) -> None:
+    """Parity and scaling of several ranks on several GPUs, under NCCL.
+
+    Ends with code 1 where a rank count answers otherwise than the first, and
+    says what cannot be shown on this machine.
+    """
+    from leanserve.bench.multigpu import MultigpuGrid, gpus_for, print_multigpu_report, run_multigpu_bench
+    from leanserve.bench.random_model import STANDARD, TINY
+
+    asked = None if ranks is None else _numbers(ranks, "--ranks")
+    grid = MultigpuGrid(
+        ranks=gpus_for(asked) if device == "cuda" else asked or (1, 2),
+        device=device,
+        dtype="bfloat16" if device == "cuda" else "float32",
+        parity_tokens=150 if tiny else 1000,
+        prefill_tokens=(128,) if tiny else (1024, 32_768) if device == "cuda" else (1024,),
+        decode_tokens=(128,) if tiny else (1024, 32_768, 131_072) if device == "cuda" else (1024, 16_384),
+        model=TINY if tiny else STANDARD,
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    report = run_multigpu_bench(grid, Console(stderr=True))
+    if out is not None:
+        (out / "multigpu.json").write_bytes(report.to_json())
+    print_multigpu_report(report, Console())
+    if not report.all_alike:
+        raise typer.Exit(1)

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from leanserve.bench.floor import decode_read_bytes, kv_bytes
 from leanserve.bench.leanserve_ranks import PAGE_TOKENS, run_rank
 from leanserve.bench.machine import Machine, describe_machine, load_average, read_bandwidth
 from leanserve.bench.random_model import ModelShape, make_checkpoint
@@ -128,23 +129,13 @@ def _systems(grid: Grid, threads: int, model_dir: Path, folder: Path) -> list[Sy
 
 
 def _empty_report(cell: Cell, architecture: Architecture, bytes_per_s: float, systems: list[System]) -> CellReport:
-    read_bytes = _weight_bytes_read(architecture, cell) + _kv_bytes(architecture, cell)
+    read_bytes = decode_read_bytes(architecture, _itemsize(cell), cell.context_tokens, cell.batch)
     return CellReport(
         cell=cell,
         decode_read_bytes=read_bytes,
         decode_floor_ms=round(read_bytes / bytes_per_s * 1e3, 3),
         systems={system.name: SystemFigures() for system in systems},
     )
-
-
-def _weight_bytes_read(architecture: Architecture, cell: Cell) -> int:
-    """All weights once, but of an embedding that is not also the output matrix only the batch's rows."""
-    unread = 0 if architecture.tied_embeddings else architecture.vocab_size - cell.batch
-    return (architecture.num_parameters - unread * architecture.hidden_size) * _itemsize(cell)
-
-
-def _kv_bytes(architecture: Architecture, cell: Cell) -> int:
-    return cell.batch * cell.context_tokens * architecture.kv_bytes_per_token(_itemsize(cell))
 
 
 def _itemsize(cell: Cell) -> int:
@@ -154,7 +145,8 @@ def _itemsize(cell: Cell) -> int:
 def _left_out(cell: Cell, grid: Grid, architecture: Architecture) -> dict[Quantity, str]:
     """What is not measured at this cell, and why."""
     # The peer makes each layer's cache anew, longer by a token, while the old one is still there.
-    cache_bytes = _kv_bytes(architecture, cell) * (1 + 2 / architecture.num_layers)
+    cache_bytes = kv_bytes(architecture, _itemsize(cell), cell.context_tokens, cell.batch)
+    cache_bytes *= 1 + 2 / architecture.num_layers
     needed_bytes = cache_bytes + 2 * architecture.num_parameters * _itemsize(cell)
     free_bytes = available_host_bytes()
     if needed_bytes > free_bytes:

@@ -7,6 +7,7 @@ compute them over the whole grid would take hours on a CPU. All else is what a s
 import os
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import zmq
 
 from leanserve.bench.noise import fill_with_noise, random_prompts
 from leanserve.bench.system import tasks_from
-from leanserve.bench.task import MAX_STEPS, StepClock, Task, Timing, repeated
+from leanserve.bench.task import MAX_STEPS, Quantity, StepClock, Task, Timing, repeated
 from leanserve.contracts.batch import Batch, Row, StepResult, Stop
-from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
+from leanserve.contracts.config import BatchOptions, CacheOptions, Device, EngineConfig
 from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
@@ -34,9 +35,20 @@ __all__ = ["engine_on_filled_cache", "run_rank"]
 
 PAGE_TOKENS = 64
 WARM_UP_TOKENS = 16
+OWN_TOKENS, SHARED_NEW_TOKENS = 100, 8
+"""Of each request behind a prefix in common: its prompt's own tokens, and its completion's."""
+COMPARED_TOKENS = 16
 
 
-def run_rank(rank: int, connection: Connection, size: int, threads: int, model_dir: Path, folder: Path) -> None:
+def run_rank(
+    rank: int,
+    connection: Connection,
+    size: int,
+    threads: int,
+    model_dir: Path,
+    folder: Path,
+    device: Device = "cpu",
+) -> None:
     """One rank's process: does every task, loading the model anew with a pool for just that task.
 
     Args:
@@ -47,7 +59,7 @@ def run_rank(rank: int, connection: Connection, size: int, threads: int, model_d
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     place = Place(rank=rank, size=size, local_rank=rank, local_size=size, agent_pid=os.getppid())
     for number, task in enumerate(tasks_from(connection)):
-        config = _config(task, size, model_dir)
+        config = _config(task, size, model_dir, device)
         run_dir = folder / str(number)
         run_dir.mkdir(exist_ok=True)
         store = dist.FileStore(str(run_dir / "store"), size)  # pyright: ignore[reportPrivateImportUsage]
@@ -59,8 +71,7 @@ def run_rank(rank: int, connection: Connection, size: int, threads: int, model_d
                 follow(loaded, StepReceiver(context, run_dir, rank))
             else:
                 sender = StepSender(context, run_dir, size)
-                measure = _decode if task.quantity == "decode" else _first_token
-                timing = measure(loaded, config, sender, task)
+                timing = _MEASURES[task.quantity](loaded, config, sender, task)
                 sender.send(Stop())
                 sender.close()
                 connection.send_bytes(msgspec.json.encode(timing))
@@ -68,18 +79,23 @@ def run_rank(rank: int, connection: Connection, size: int, threads: int, model_d
         del loaded  # before the next pool is made
 
 
-def _config(task: Task, size: int, model_dir: Path) -> EngineConfig:
+def _config(task: Task, size: int, model_dir: Path, device: Device) -> EngineConfig:
     """Pools that just hold the task. Steps as long as a server's or, to decode, one that admits the whole batch."""
     cell = task.cell
     dtype_bytes = getattr(torch, cell.dtype).itemsize
     page_bytes = read_architecture(model_dir).kv_bytes_per_token(dtype_bytes) * PAGE_TOKENS
-    pages_per_sequence = -(-(cell.context_tokens + MAX_STEPS + 2) // PAGE_TOKENS)
+    more_tokens = OWN_TOKENS + MAX_STEPS + 2
+    pages_per_sequence = -(-(cell.context_tokens + more_tokens) // PAGE_TOKENS)
     pages_per_rank = cell.batch * -(-pages_per_sequence // size)
     return EngineConfig(
         model_dir=str(model_dir),
         dtype=cell.dtype,
-        device="cpu",
-        cache=CacheOptions(page_tokens=PAGE_TOKENS, kv_memory_bytes=pages_per_rank * page_bytes),
+        device=device,
+        cache=CacheOptions(
+            page_tokens=PAGE_TOKENS,
+            kv_memory_bytes=pages_per_rank * page_bytes,
+            prefix_cache=task.quantity != "unshared prefix",
+        ),
         batch=BatchOptions(max_batch_tokens=cell.batch * cell.context_tokens)
         if task.quantity == "decode"
         else BatchOptions(),
@@ -113,6 +129,34 @@ def _first_token(loaded: LoadedRank, config: EngineConfig, sender: StepSender, t
     return repeated(run)
 
 
+def _with_one_prefix(loaded: LoadedRank, config: EngineConfig, sender: StepSender, task: Task) -> Timing:
+    cell, vocab_size = task.cell, loaded.info.vocab_size
+    engine = make_engine(loaded, config, sender)
+    prefix = random_prompts(1, cell.context_tokens, vocab_size, seed=0).expand(cell.batch, -1)
+    own = random_prompts(cell.batch, OWN_TOKENS, vocab_size, seed=1)
+    _answers(engine, own[:1], 1)
+    started = time.perf_counter()
+    _answers(engine, torch.cat([prefix, own], dim=1), SHARED_NEW_TOKENS)
+    return Timing(seconds=time.perf_counter() - started, samples=1)
+
+
+def _tokens(loaded: LoadedRank, config: EngineConfig, sender: StepSender, task: Task) -> Timing:
+    prompts = random_prompts(task.cell.batch, task.cell.context_tokens, loaded.info.vocab_size, seed=0)
+    started = time.perf_counter()
+    token_ids = _answers(make_engine(loaded, config, sender), prompts, COMPARED_TOKENS)
+    return Timing(seconds=time.perf_counter() - started, samples=1, token_ids=token_ids)
+
+
+def _answers(engine: Engine, prompts: torch.Tensor, max_tokens: int) -> list[list[int]]:
+    """Serve the prompts to their ends. Returns the tokens of each."""
+    token_ids: list[list[int]] = [[] for _ in prompts]
+    _submit(engine, prompts, max_tokens)
+    while engine.has_work:
+        for output in engine.step():
+            token_ids[int(output.request_id)] += output.token_ids
+    return token_ids
+
+
 def _decode(loaded: LoadedRank, config: EngineConfig, sender: StepSender, task: Task) -> Timing:
     cell = task.cell
     engine = engine_on_filled_cache(loaded, config, sender)
@@ -139,3 +183,12 @@ def engine_on_filled_cache(loaded: LoadedRank, config: EngineConfig, sender: Ste
         return loaded.runner.execute(sent)
 
     return Engine(Scheduler(loaded.sharding, config.batch, loaded.info.max_context_tokens), execute, ())
+
+
+_MEASURES: dict[Quantity, Callable[[LoadedRank, EngineConfig, StepSender, Task], Timing]] = {
+    "decode": _decode,
+    "first token": _first_token,
+    "shared prefix": _with_one_prefix,
+    "unshared prefix": _with_one_prefix,
+    "tokens": _tokens,
+}

@@ -14,11 +14,12 @@ import torch
 from leanserve import __version__
 from leanserve.launch.threads import available_cores
 
-__all__ = ["Machine", "describe_machine", "load_average", "read_bandwidth"]
+__all__ = ["Machine", "describe_machine", "gpu_read_bandwidth", "load_average", "read_bandwidth"]
 
 READ_BYTES = 512 * 2**20
 """Far more than any cache holds."""
 READ_RUNS = 8
+GPU_READ_BYTES = 4 * 2**30
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +70,21 @@ def read_bandwidth() -> float:
             read()
             best_s = min(best_s, time.perf_counter() - started)
     return READ_BYTES / best_s
+
+
+def gpu_read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a GPU reads from its memory: the best of a few plain reductions, by its own clock."""
+    data = torch.ones(GPU_READ_BYTES // 4, device=device)
+    best_ms = float("inf")
+    for _ in range(READ_RUNS):
+        for read in (data.sum, data.amax):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            read()
+            end.record()
+            end.synchronize()
+            best_ms = min(best_ms, start.elapsed_time(end))
+    return GPU_READ_BYTES / best_ms * 1e3
 
 
 def _cpu_name() -> str:

@@ -9,9 +9,11 @@ import msgspec
 
 __all__ = ["MAX_STEPS", "Cell", "DTypeName", "Quantity", "StepClock", "Task", "Timing", "repeated"]
 
-Quantity = Literal["decode", "first token"]
+Quantity = Literal["decode", "first token", "shared prefix", "unshared prefix", "tokens"]
 """decode: seconds a step takes in which every sequence of the batch gets one token, its context being in the cache.
-first token: seconds from handing over the prompts to a prompt's first token, mean over the batch; nothing is cached."""
+first token: seconds from handing over the prompts to a prompt's first token, mean over the batch; nothing is cached.
+shared prefix: seconds until all of a batch have ended that begin with the same context and go on by 100 tokens of their
+own and 8 new ones; unshared prefix: the same without the prefix cache. tokens: what each sequence was answered."""
 
 DTypeName = Literal["float32", "bfloat16"]
 
@@ -44,6 +46,8 @@ class Timing(msgspec.Struct, frozen=True):
     """The median."""
     samples: int
     """Steps or runs it is the median of."""
+    token_ids: list[list[int]] = []
+    """Of the quantity "tokens": 16 greedy ones of each sequence."""
 
 
 class StepClock:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from leanserve.contracts.kv_sharding import PageGrant
-from leanserve.contracts.messages import Logprobs, StepTimes
+from leanserve.contracts.kv_sharding import PageCopy, PageGrant
+from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.sampling import SamplingParams
 
 __all__ = ["Batch", "IdleCheck", "NewSequence", "Row", "StepResult", "StepTimes", "Stop", "step_checksum"]
@@ -39,7 +39,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
-    """A step message. Ranks apply it in this order: dropped, started, grants, rows.
+    """A step message. Ranks apply it in this order: dropped, started, grants, copies, rows.
 
     `rows` holds decode rows (count 1, samples true) first, prefill chunks after them. A row's tokens are either in
     `started`, or were sampled in an earlier step, which every rank has seen.
@@ -52,6 +52,8 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     started: list[NewSequence]
     grants: list[PageGrant]
     """New pages of all ranks; a rank keeps its own."""
+    copies: list[PageCopy]
+    """All sources are read before any target is written: a page may be both."""
     rows: list[Row]
     checked_step: int
     """The newest step that rank 0 completed (0: none), and ..."""
@@ -67,11 +69,26 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """The last message on the channel: every rank ends in an orderly way."""
 
 
+class StepTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Where rank 0's device spent a step, in seconds.
+
+    On a GPU the host does not wait for these: of a step that samples nothing they are told with a later one.
+    """
+
+    forward_s: float = 0.0
+    """Laying out the inputs, the model's layers and logits."""
+    sample_s: float = 0.0
+    """The choice of tokens and telling it to the ranks."""
+    combine_s: float = 0.0
+    """Of both: in collectives, waiting for other ranks included. Those inside a CUDA graph are not counted."""
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What rank 0's worker gives back: one token per sampling row, in row order, and what belongs to it."""
 
     step: int
     token_ids: list[int]
+    times: StepTimes = StepTimes()
     logprobs: dict[int, Logprobs] = {}
     """By place in token_ids: of the tokens whose requests asked for `logprobs`."""
     prompt_logprobs: dict[int, Logprobs] = {}
@@ -80,7 +97,6 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """Sequences whose structured output is complete with the token they got: nothing may follow."""
     failed: dict[int, str] = {}
     """Sequences that cannot go on, alone, and why; a token of theirs in token_ids means nothing."""
-    times: StepTimes = StepTimes()
 
 
 def step_checksum(step: int, token_ids: Sequence[int]) -> int:

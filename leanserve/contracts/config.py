@@ -5,12 +5,13 @@ from typing import Literal
 
 from leanserve.contracts.errors import ConfigError
 
-__all__ = ["AttentionBackend", "BatchOptions", "CacheOptions", "Comm", "DType", "Device", "EngineConfig"]
+__all__ = ["AttentionBackend", "BatchOptions", "CacheOptions", "Comm", "DType", "Device", "EngineConfig", "Weights"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cuda", "cpu"]
 Comm = Literal["auto", "nccl", "gloo"]
 AttentionBackend = Literal["auto", "triton", "portable"]
+Weights = Literal["auto", "replicated", "mlp", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,12 @@ class EngineConfig:
     comm: Comm = "auto"
     """auto: NCCL on GPUs, Gloo on the CPU. gloo with --device cuda lets several ranks share one GPU."""
     attention: AttentionBackend = "auto"
+    enforce_eager: bool = False
+    """Launch every kernel of a decode step anew. False: replay CUDA graphs where the device, the attention and the
+    collectives allow it."""
+    weights: Weights = "auto"
+    """replicated: every rank holds all of them. mlp: MLP and vocabulary are split over the ranks. all: attention
+    projections too. auto: whichever makes a decode step shortest, by an estimate."""
     cache: CacheOptions = field(default_factory=CacheOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
     step_timeout_s: float = 120.0
@@ -83,6 +90,7 @@ class EngineConfig:
             ("device", self.device, ("auto", "cuda", "cpu")),
             ("comm", self.comm, ("auto", "nccl", "gloo")),
             ("attention", self.attention, ("auto", "triton", "portable")),
+            ("weights", self.weights, ("auto", "replicated", "mlp", "all")),
         ):
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-__all__ = ["KvSharding", "PageGrant"]
+__all__ = ["KvSharding", "PageCopy", "PageGrant"]
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,11 @@ class PageGrant(msgspec.Struct, frozen=True, array_like=True, gc=False):
     ordinal: int
     rank: int
     page: int
+
+
+class PageCopy(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Rank `rank` copies its page `source` to its page `target`: somebody begins alike and writes on there."""
+
+    rank: int
+    source: int
+    target: int

@@ -1,13 +1,11 @@
 """What the front end and the engine on rank 0 say to each other, as msgpack over one ZMQ socket pair; and what every
 rank tells the front end of itself, on a socket of its own."""
 
-from array import array
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import msgspec
 
+from leanserve.contracts.batch import StepTimes
 from leanserve.contracts.config import EngineConfig
+from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.sampling import FinishReason, SamplingParams
 
 __all__ = [
@@ -20,16 +18,13 @@ __all__ = [
     "FromRank",
     "Hello",
     "Loading",
-    "Logprobs",
     "PrefillProgress",
     "Pulse",
     "RankFailed",
     "Shutdown",
     "StepReport",
-    "StepTimes",
     "Submit",
     "ToEngine",
-    "TokenLogprobs",
     "TokenOutput",
     "TokenOutputs",
     "decode_from_engine",
@@ -105,8 +100,14 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """For people: `cpu, 2 threads per rank` or `NVIDIA H200`."""
     attention: str
     """`triton` or `portable`."""
+    captures_graphs: bool = False
+    """Whether decode steps are replayed as CUDA graphs."""
     prefix_cache: bool = False
     """Whether requests that begin alike share pages."""
+    weights: str = ""
+    """Which weights are split over the ranks, what that takes on each, and why; for people."""
+    tokens_of_one_more_rank: int = 0
+    """By so many the KV cache would grow with one more rank like these; 0 where the ranks share one memory."""
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -119,64 +120,6 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
     is_final: bool = False
     """Another attempt would end the same way: an option or the checkpoint is wrong."""
-
-
-class Logprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Natural log-probabilities of some tokens in a row, column by column, in native byte order.
-
-    They are the model's own: the log-softmax of its logits in float32, before temperature, penalties or masks.
-    """
-
-    num_top: int
-    """Most likely tokens told for each token, k."""
-    chosen: bytes
-    """float32 [tokens]: of the token itself."""
-    ranks: bytes
-    """int32 [tokens]: how many tokens are more likely than it, plus one."""
-    top_token_ids: bytes
-    """int32 [tokens, k], the most likely first, ties by id."""
-    top: bytes
-    """float32 [tokens, k]."""
-
-    def __len__(self) -> int:
-        return len(self.chosen) // 4
-
-    def row(self, index: int) -> "Logprobs":
-        """Those of one token."""
-        one, k = slice(4 * index, 4 * index + 4), 4 * self.num_top
-        several = slice(k * index, k * index + k)
-        return Logprobs(self.num_top, self.chosen[one], self.ranks[one], self.top_token_ids[several], self.top[several])
-
-    @classmethod
-    def join(cls, parts: "Sequence[Logprobs]") -> "Logprobs":
-        """Those of all parts' tokens, in order; each part has the same `num_top`."""
-        return cls(
-            parts[0].num_top,
-            b"".join([part.chosen for part in parts]),
-            b"".join([part.ranks for part in parts]),
-            b"".join([part.top_token_ids for part in parts]),
-            b"".join([part.top for part in parts]),
-        )
-
-    def rows(self) -> "list[TokenLogprobs]":
-        """The same, token by token."""
-        chosen, top = array("f", self.chosen), array("f", self.top)
-        ranks, top_token_ids = array("i", self.ranks), array("i", self.top_token_ids)
-        k = self.num_top
-        return [
-            TokenLogprobs(
-                chosen[i], ranks[i], list(zip(top_token_ids[i * k : i * k + k], top[i * k : i * k + k], strict=True))
-            )
-            for i in range(len(chosen))
-        ]
-
-
-class TokenLogprobs(NamedTuple):
-    """One token's log-probability, its rank (1 is the most likely), and the most likely tokens with theirs."""
-
-    logprob: float
-    rank: int
-    top: list[tuple[int, float]]
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -208,20 +151,6 @@ class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):
     """In the KV cache now, found or computed."""
     total_tokens: int
     """To be there before the next token: the prompt; after a preemption, what was generated as well."""
-
-
-class StepTimes(msgspec.Struct, frozen=True, array_like=True):
-    """Where rank 0's device spent a step, in seconds.
-
-    On a GPU the host does not wait for these: of a step that samples nothing they are told with a later one.
-    """
-
-    forward_s: float = 0.0
-    """Laying out the inputs and the model's layers."""
-    sample_s: float = 0.0
-    """Logits, the choice of tokens and telling it to the ranks."""
-    combine_s: float = 0.0
-    """Of both: in collectives, waiting for other ranks included."""
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):

@@ -14,6 +14,7 @@ __all__ = [
     "MAX_CACHE_SALT_CHARS",
     "MAX_LOGIT_BIASES",
     "MAX_LOGPROBS",
+    "MAX_PRIORITY",
     "MAX_SAMPLES",
     "MAX_STOP_STRINGS",
     "MAX_STOP_TOKEN_IDS",
@@ -24,6 +25,7 @@ __all__ = [
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
 MAX_CACHE_SALT_CHARS = 256
+MAX_PRIORITY = 1_000_000
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 MAX_LOGIT_BIASES = 1024
@@ -85,6 +87,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Token ids that end the completion."""
     ignore_eos: bool = False
     """Go on past the model's own end-of-sequence tokens."""
+    priority: int = 0
+    """Lower is more urgent: each step is worth 10 s of waiting, so that whoever waits long enough comes first in the
+    end. From -1,000,000 to 1,000,000."""
     cache_salt: str | None = None
     """Requests share cached pages only with those of the same salt, so that one tenant cannot find out by timing what
     another has sent. Any text of 1 to 256 characters; None is shared by all who give none."""
@@ -150,6 +155,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         )
         if self.truncate_prompt_tokens is not None:
             require_int("truncate_prompt_tokens", 1, math.inf, "it must be an integer of at least 1")
+        require_int(
+            "priority",
+            -MAX_PRIORITY,
+            MAX_PRIORITY,
+            f"it must be an integer from {-MAX_PRIORITY} (most urgent) to {MAX_PRIORITY}",
+        )
         if self.seed is not None:
             require_int("seed", -(2**63), 2**63 - 1, "it must be an integer that fits in 64 bits")
         require(
@@ -161,6 +172,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "stop_token_ids",
             len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS and all(map(_is_token_id, self.stop_token_ids)),
             f"it must be at most {MAX_STOP_TOKEN_IDS} token ids, none negative",
+        )
+        require_int(
+            "priority",
+            -MAX_PRIORITY,
+            MAX_PRIORITY,
+            f"it must be an integer from {-MAX_PRIORITY} (most urgent) to {MAX_PRIORITY}",
         )
         require(
             "cache_salt",

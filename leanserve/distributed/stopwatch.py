@@ -11,7 +11,8 @@ class Stopwatch:
     """`with stopwatch:` around the work, as often as one likes; stretches do not nest.
 
     On a GPU the work has only been asked for when the `with` ends, so an event stands at each end of it on the current
-    stream, and `take_s` counts the stretches that the device is known to have done; the others count next time.
+    stream, and `take_s` counts the stretches that the device is known to have done; the others count next time. What a
+    CUDA graph captures is not counted: it runs when the graph does, which nobody tells the watch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,16 +25,17 @@ class Stopwatch:
         self._spare: list[torch.cuda.Event] = []
 
     def __enter__(self) -> None:
-        if self._on_gpu:
-            self._open = self._mark()
-        else:
+        if not self._on_gpu:
             self._started_s = time.perf_counter()
+        elif not torch.cuda.is_current_stream_capturing():
+            self._open = self._mark()
 
     def __exit__(self, *_: object) -> None:
-        if self._open is None:
+        if not self._on_gpu:
             self._host_s += time.perf_counter() - self._started_s
-        else:
+        elif self._open is not None:
             self._pending.append((self._open, self._mark()))
+            self._open = None
 
     def take_s(self) -> float:
         """Seconds of all stretches that are done and were not told before."""

@@ -8,8 +8,8 @@ from itertools import takewhile
 
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.errors import EngineError, RequestError
+from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.messages import (
-    Logprobs,
     PrefillProgress,
     StepReport,
     Submit,
@@ -27,10 +27,16 @@ class Engine:
     """Every accepted request gets exactly one TokenOutput with a finish reason: from `step`, `abort` or `fail`."""
 
     def __init__(
-        self, scheduler: Scheduler, execute: Callable[[Batch], StepResult], eos_token_ids: Iterable[int]
+        self,
+        scheduler: Scheduler,
+        execute: Callable[[Batch], StepResult],
+        eos_token_ids: Iterable[int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`execute` runs a batch on all ranks and returns one token per sampling row; the batch may have no rows."""
+        """`execute` runs a batch on all ranks and returns one token per sampling row; the batch may have no rows.
+        `clock` tells when a request came, in seconds."""
         self._scheduler = scheduler
+        self._clock = clock
         self._execute = execute
         self._eos_token_ids = frozenset(eos_token_ids)
         self._live: dict[str, Sequence] = {}
@@ -79,6 +85,7 @@ class Engine:
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             end_token_ids=sampling.end_token_ids(self._eos_token_ids),
             output_token_ids=request.output_token_ids,
+            arrived_s=self._clock(),
         )
         self._scheduler.add(sequence)
         self._next_sequence_id += 1

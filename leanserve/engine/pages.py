@@ -1,10 +1,13 @@
 """Which rank, and which page there, holds the next tokens of a sequence. Knows pages and their names; no tokens."""
 
-from leanserve.contracts.kv_sharding import KvSharding, PageGrant
+from leanserve.contracts.kv_sharding import KvSharding, PageCopy, PageGrant
 from leanserve.engine.page_pool import PagePool, PageRun
 from leanserve.engine.prefix_cache import PrefixCache
 
 __all__ = ["PageAllocator", "SequencePages"]
+
+_COPY_SLACK_PAGES, _COPY_SLACK_SHARE = 4, 32
+"""A copy may go to a rank that holds so many pages more than the least loaded one, and a 32nd of its pool."""
 
 _FORGOTTEN_AT_ONCE = 32
 """Idle pages that make room together, if the sequence wants as many: so what they leave is not single pages."""
@@ -76,6 +79,28 @@ class PageAllocator:
             for ordinal, number in enumerate(numbers)
         ]
 
+    def following(self, parent: bytes) -> tuple[int, bytes] | None:
+        """A page that follows the page named `parent`, by its number, with the tokens it is known to hold."""
+        return self._cache.following(parent)
+
+    def copy(self, pages: SequencePages, source: int, expected_pages: int) -> tuple[PageGrant, PageCopy] | None:
+        """Grant a sequence its next page on the rank of page `source`, as a copy of that, before it has any of its own.
+
+        None where that would put too much on one rank: the ranks are to be evenly loaded first of all.
+        """
+        rank = source % len(self._pools)
+        slack_pages = _COPY_SLACK_PAGES + self._pools[rank].num_pages // _COPY_SLACK_SHARE
+        if not self._has_free(rank) or self._used(rank) > self._used(self._least_loaded_rank()) + slack_pages:
+            return None
+        pages.next_rank = rank
+        (grant,) = self.grow(pages, 1, expected_pages)
+        pages.next_rank = None  # its other pages start on the least loaded rank, as if there were no copy
+        return grant, PageCopy(rank, source // len(self._pools), grant.page)
+
+    def count_releasable(self, pages: SequencePages, kept: frozenset[int]) -> int:
+        """How many pages nobody holds any more when a sequence gives its own back; those in `kept` do not count."""
+        return self._cache.count_held_once(number for number in pages.numbers if number not in kept)
+
     def grow(self, pages: SequencePages, count: int, expected_pages: int) -> list[PageGrant]:
         """Grant the next `count` pages of a sequence, at most `num_free`.
 
@@ -106,6 +131,12 @@ class PageAllocator:
     def publish(self, pages: SequencePages, ordinal: int, name: bytes) -> None:
         """A sequence's page is full and computed: others that begin alike may share it from now on."""
         replaced = self._cache.publish(name, pages.numbers[ordinal])
+        if replaced is not None:
+            self._free(replaced)
+
+    def remember(self, pages: SequencePages, ordinal: int, parent: bytes, token_ids: bytes) -> None:
+        """A sequence's page, full or not, follows the page named `parent` and begins with these tokens, computed."""
+        replaced = self._cache.remember(parent, pages.numbers[ordinal], token_ids)
         if replaced is not None:
             self._free(replaced)
 

@@ -3,11 +3,13 @@
 A page's name is a hash of its tokens and of the name of the page before it, so it stands for everything from the first
 token on, and for the position. Keys and values depend on nothing else (models for which they do are served without this
 cache). Only full pages have names, and a full page is never written again: so no page is written that two sequences
-hold. (The partly filled last page of a prefix is computed again by everybody; it could be copied on the first write.)
+hold. Of each named page one page that follows it is remembered with its tokens, full or not: whoever goes on with some
+of them, and then otherwise, writes to a copy.
 """
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 from hashlib import blake2b
 from secrets import token_bytes
 
@@ -49,9 +51,9 @@ class PageNamer:
 class PrefixCache:
     """Pages of all ranks, each known by one number: page * num_ranks + rank. Operations cost O(1) a page.
 
-    A page is *held* by sequences; without a holder it is *idle* if it has a name, and else of no use any more. Each
-    rank forgets the page first that has been idle longest. Pages of a released sequence must come in from its last to
-    its first, so that the end of a prefix goes before its beginning.
+    A page is *held* by sequences; without a holder it is *idle* if it has a name or is remembered as what follows one,
+    and else of no use any more. Each rank forgets the page first that has been idle longest. Pages of a released
+    sequence must come in from its last to its first, so that the end of a prefix goes before its beginning.
     """
 
     def __init__(self, num_ranks: int, most_pages_of_a_rank: int) -> None:
@@ -59,6 +61,10 @@ class PrefixCache:
         self._holders = array("i", bytes(4 * num_ranks * most_pages_of_a_rank))
         self._number_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
+        self._following: dict[bytes, tuple[int, bytes]] = {}
+        """By the name of a page: a page that follows it, and the tokens that one begins with."""
+        self._parent_of: dict[int, bytes] = {}
+        """Of the pages in there."""
         self._idle: tuple[OrderedDict[int, None], ...] = tuple(OrderedDict() for _ in range(num_ranks))
         """By rank, the page that has been idle longest first."""
 
@@ -76,6 +82,11 @@ class PrefixCache:
         """How many of these pages, each with a name, have no holder."""
         holders = self._holders
         return sum(not holders[number] for number in numbers)
+
+    def count_held_once(self, numbers: Iterable[int]) -> int:
+        """How many of these pages have one holder."""
+        holders = self._holders
+        return sum(holders[number] == 1 for number in numbers)
 
     def num_idle(self, rank: int) -> int:
         return len(self._idle[rank])
@@ -99,7 +110,7 @@ class PrefixCache:
         self._holders[number] -= 1
         if self._holders[number]:
             return False, False
-        if number not in self._name_of:
+        if number not in self._name_of and number not in self._parent_of:
             return True, False
         self._idle[number % self._num_ranks][number] = None
         return True, True
@@ -114,14 +125,46 @@ class PrefixCache:
         if other is not None:
             if self._holders[other]:
                 return None
-            del self._name_of[other]
             del self._idle[other % self._num_ranks][other]
+            self._strike_out(other)
         self._number_of[name] = number
         self._name_of[number] = name
         return other
 
+    def following(self, parent: bytes) -> tuple[int, bytes] | None:
+        """A page that follows the page with the name `parent`, and the tokens (int32 bytes) that it begins with."""
+        return self._following.get(parent)
+
+    def remember(self, parent: bytes, number: int, token_ids: bytes) -> int | None:
+        """A held page follows the page with the name `parent`, and begins with these tokens, which are computed.
+
+        One page is remembered for each parent: the newest, unless the one before begins with the same tokens. Returns
+        an idle page that is of no use any more.
+        """
+        replaced = None
+        before = self._following.get(parent)
+        if before is not None and before[0] != number:
+            if before[1].startswith(token_ids):
+                return None
+            del self._parent_of[before[0]]
+            if not self._holders[before[0]] and before[0] not in self._name_of:
+                replaced = before[0]
+                del self._idle[replaced % self._num_ranks][replaced]
+        self._following[parent] = (number, token_ids)
+        self._parent_of[number] = parent
+        return replaced
+
     def forget(self, rank: int) -> int:
         """Forget the page of a rank that has been idle longest. Returns it."""
         number, _ = self._idle[rank].popitem(last=False)
-        del self._number_of[self._name_of.pop(number)]
+        self._strike_out(number)
         return number
+
+    def _strike_out(self, number: int) -> None:
+        """A page is found no more, under its name or as what follows another."""
+        name = self._name_of.pop(number, None)
+        if name is not None:
+            del self._number_of[name]
+        parent = self._parent_of.pop(number, None)
+        if parent is not None:
+            del self._following[parent]

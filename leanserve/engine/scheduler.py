@@ -1,36 +1,34 @@
 """What the next step computes, and on which pages. Knows counts of tokens; not what a token means, nor who asked."""
 
-from collections import deque
-
 from leanserve.contracts.batch import Batch, Row, StepResult, step_checksum
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.errors import RequestTooLongError
-from leanserve.contracts.kv_sharding import KvSharding, PageGrant
+from leanserve.contracts.kv_sharding import KvSharding, PageCopy, PageGrant
 from leanserve.engine.pages import PageAllocator
-from leanserve.engine.prefix_cache import PageNamer
 from leanserve.engine.prompt_shares import PromptShares
-from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence, SequenceState
+from leanserve.engine.reuse import PrefixReuse
+from leanserve.engine.sequence import Sequence, SequenceState
+from leanserve.engine.waiting import WaitingQueue
 
 __all__ = ["Scheduler"]
 
-_PAGES_NAMED_AT_ONCE = 64
-"""A look-up that ends early has named so many pages too many at most: they need their names later anyway."""
-
 
 class Scheduler:
-    """Continuous batching, first come first served.
+    """Continuous batching, first come first served; a priority only shifts when somebody is taken to have come.
 
     Every step holds one row of each sequence that decodes; `PromptShares` deals the rest of the budget to prompts. A
     sequence is admitted, in order of arrival, when its whole prompt fits beside the next token of everybody. So:
 
-    - Running sequences are older than waiting ones. Any number of them may be in the middle of their prompts.
+    - Nobody is passed but by those more urgent, and while it follows: who would have to compute what an older one is
+      just computing is set aside until that is there. Any number of sequences may be in the middle of their prompts.
     - Who is admitted gets at least one token of that step's budget, and so does everybody else who runs. So there are
       never more running sequences than tokens in the budget, and each that decodes has a row in every step.
     - What a prompt still lacks is kept from everybody younger. So the oldest never waits for a page, and is never sent
       away: it ends, and then another is the oldest.
-    - When decoding runs out of pages, the youngest gives all of its pages back and waits at the head of the queue, to
-      be computed again. It returns only when everybody has room to grow, twice as much each time it was sent away, so
-      the number of times is logarithmic in the longest completion asked for.
+    - When decoding runs out of pages, the last in order gives all of its pages back and waits, to be computed again.
+      It returns only when everybody has room to grow, twice as much each time it was sent away, so the number of times
+      is logarithmic in the longest completion asked for. Who is less urgent than the head of the queue gives way too,
+      where the head can start for it.
     """
 
     def __init__(
@@ -53,12 +51,12 @@ class Scheduler:
             options.max_batch_tokens // 2 if options.long_prefill_tokens is None else options.long_prefill_tokens
         )
         self._allocator = PageAllocator(sharding)
-        self._namer = PageNamer() if prefix_cache else None
-        self._waiting: deque[Sequence] = deque()
+        self._reuse = PrefixReuse(self._allocator, sharding.page_tokens, enabled=prefix_cache)
+        self._waiting = WaitingQueue()
         self._running: dict[int, Sequence] = {}
-        """By sequence id, the oldest first."""
-        self._head_lacks_pages = False
-        """The head of the queue did not fit or was sent away, and nobody has left since."""
+        """By sequence id, in order."""
+        self._stuck: Sequence | None = None
+        """Who did not fit or was sent away, and cannot start before somebody leaves."""
         self._dropped: list[int] = []
         """Released since the last batch; the ranks do not know yet."""
         self._completed = (0, 0)
@@ -99,7 +97,7 @@ class Scheduler:
                 f"{sequence.max_total_tokens} together; {limit} is {limit_is}: shorten the prompt or lower max_tokens",
                 param="prompt" if sequence.num_prompt_tokens >= limit else "max_tokens",
             )
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence ends, in whatever state. Its pages are free at once; the ranks hear of it in the next batch."""
@@ -107,22 +105,24 @@ class Scheduler:
             self._release(sequence)
         elif sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
-            self._head_lacks_pages = False
         sequence.state = SequenceState.FINISHED
 
     def next_batch(self) -> Batch | None:
         """The next step, or None when there is nothing to do or to tell. Costs O(rows + pages granted)."""
         grants: list[PageGrant] = []
+        copies: list[PageCopy] = []
+        self._waiting.rejoin(self._still_follows)
+        self._give_way_to_urgent()
         rows = self._decode_rows(grants)
         shares = PromptShares(self.options.max_batch_tokens - len(rows))
         self._add_running_prompts(shares)
-        admitted = self._admit(shares, grants)
+        admitted = self._admit(shares, grants, copies)
         rows += self._prefill_rows(shares, grants)
         if not rows and not self._dropped:
             return None
         self.step += 1
         dropped, self._dropped = self._dropped, []
-        return Batch(self.step, dropped, [s.as_new() for s in admitted], grants, rows, *self._completed)
+        return Batch(self.step, dropped, [s.as_new() for s in admitted], grants, copies, rows, *self._completed)
 
     def complete(self, batch: Batch, result: StepResult) -> list[tuple[Sequence, int]]:
         """Note that a batch is computed. Returns the sequences that got a token, with the token, in row order."""
@@ -132,7 +132,7 @@ class Scheduler:
         for row in batch.rows:
             sequence = self._running[row.sequence_id]
             sequence.num_computed_tokens = row.start + row.count
-            self._publish(sequence, row.start // self.sharding.page_tokens)
+            self._reuse.note(sequence, row.start, batch.step)
             if row.samples:
                 sampled.append((sequence, next(token_ids)))
         return sampled
@@ -142,13 +142,13 @@ class Scheduler:
         return [self._running[row.sequence_id] for row in batch.rows if not row.samples]
 
     def _decode_rows(self, grants: list[PageGrant]) -> list[Row]:
-        """One row for each running sequence that lacks nothing but its newest token, oldest first."""
+        """One row for each running sequence that lacks nothing but its newest token, in order."""
         rows: list[Row] = []
         page_tokens = self.sharding.page_tokens
         kept_pages = 0
         for sequence in tuple(self._running.values()):
             if sequence.state is not SequenceState.RUNNING:
-                break  # sent away by an older one in this very loop, and so are all that follow
+                break  # sent away by an earlier one in this very loop, and so are all that follow
             start = sequence.num_computed_tokens
             if sequence.num_tokens - start != 1:
                 kept_pages += self._missing_pages(sequence)
@@ -176,68 +176,77 @@ class Scheduler:
                     shares.add(sequence, wanted_tokens)
                 free_pages = max(free_pages - self._missing_pages(sequence), 0)
 
-    def _admit(self, shares: PromptShares, grants: list[PageGrant]) -> list[Sequence]:
+    def _admit(self, shares: PromptShares, grants: list[PageGrant], copies: list[PageCopy]) -> list[Sequence]:
         """Take sequences off the queue while the head fits and there is a share of the step for it."""
         admitted: list[Sequence] = []
         room_tokens = needed_pages = 0
-        while self._waiting and not self._head_lacks_pages and len(self._running) < self.options.max_sequences:
-            sequence = self._waiting[0]
-            cached = self._cached_pages(sequence)
-            wanted_tokens = sequence.num_tokens - len(cached) * self.sharding.page_tokens
-            is_long = wanted_tokens > self._long_prefill_tokens
-            if not shares.has_room_for(wanted_tokens, is_long=is_long):
+        while (sequence := self._waiting.head) is not None and sequence is not self._stuck:
+            if len(self._running) >= self.options.max_sequences:
+                break
+            cached = self._reuse.find(sequence)
+            wanted_tokens = sequence.num_tokens - len(cached.pages) * self.sharding.page_tokens
+            sequence.is_long = wanted_tokens > self._long_prefill_tokens
+            leader = None if sequence.has_followed else self._reuse.leader_of(sequence, cached, self.step + 1)
+            if leader is not None:
+                sequence.has_followed = not sequence.is_long
+                self._waiting.set_aside(leader)
+                continue
+            if not shares.has_room_for(wanted_tokens, is_long=sequence.is_long):
                 break
             if room_tokens != self._room_tokens(sequence):
                 room_tokens = self._room_tokens(sequence)
                 needed_pages = sum(self._missing_pages(s, room_tokens) for s in self._running.values())
-            new_pages = self._missing_pages(sequence, room_tokens) - len(cached)
-            if needed_pages + new_pages + self._allocator.count_idle(cached) > self._allocator.num_free:
-                self._head_lacks_pages = True
+            new_pages = self._missing_pages(sequence, room_tokens) - len(cached.pages)
+            if needed_pages + new_pages + self._allocator.count_idle(cached.pages) > self._allocator.num_free:
+                self._stuck = sequence
                 break
             needed_pages += new_pages
-            self._waiting.popleft()
-            self._running[sequence.id] = sequence
-            sequence.state = SequenceState.RUNNING
-            sequence.num_computed_tokens = sequence.num_tokens - wanted_tokens
-            sequence.is_long = is_long
-            if sequence.cached_tokens is None:
-                sequence.cached_tokens = sequence.num_computed_tokens
-                if self._namer is not None:
-                    self.prefix_queried_tokens += sequence.num_tokens
-                    self.prefix_hit_tokens += sequence.num_computed_tokens
-            grants += self._allocator.share(sequence.pages, cached)
+            self._waiting.remove(sequence)
+            expected_pages = self.sharding.pages_for(sequence.max_total_tokens)
+            wanted_tokens -= self._reuse.take_over(sequence, cached, expected_pages, grants, copies)
+            self._start(sequence, sequence.num_tokens - wanted_tokens)
             shares.add(sequence, wanted_tokens)
             admitted.append(sequence)
         return admitted
 
-    def _cached_pages(self, sequence: Sequence) -> list[int]:
-        """The pages that a sequence can share."""
-        numbers: list[int] = []
-        if self._namer is not None:
-            num_pages = sequence.max_cached_tokens // self.sharding.page_tokens
-            for first in range(0, num_pages, _PAGES_NAMED_AT_ONCE):
-                end = min(first + _PAGES_NAMED_AT_ONCE, num_pages)
-                numbers += self._allocator.find(self._page_names(sequence, first, end, self._namer))
-                if len(numbers) < end:
-                    break
-        return numbers
+    def _start(self, sequence: Sequence, computed_tokens: int) -> None:
+        last = next(reversed(self._running.values()), None)
+        self._running[sequence.id] = sequence
+        if last is not None and last.order > sequence.order:
+            self._running = dict(sorted(self._running.items(), key=lambda item: item[1].order))
+        sequence.state = SequenceState.RUNNING
+        sequence.num_computed_tokens = computed_tokens
+        self._reuse.start(sequence, self.step + 1)
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = computed_tokens
+            if self._reuse.enabled:
+                self.prefix_queried_tokens += sequence.num_tokens
+                self.prefix_hit_tokens += computed_tokens
 
-    def _publish(self, sequence: Sequence, first: int) -> None:
-        """Let others share the pages from ordinal `first` on that are full and computed."""
-        end = sequence.num_computed_tokens // self.sharding.page_tokens
-        if self._namer is not None and first < end:
-            for ordinal, name in enumerate(self._page_names(sequence, first, end, self._namer), first):
-                self._allocator.publish(sequence.pages, ordinal, name)
-
-    def _page_names(self, sequence: Sequence, first: int, end: int, namer: PageNamer) -> list[bytes]:
-        """Names of a sequence's full pages with ordinals [first, end)."""
-        names = sequence.page_names
-        if len(names) < end:
-            page_tokens = self.sharding.page_tokens
-            parent = names[-1] if names else namer.root(sequence.sampling.cache_salt)
-            token_ids = sequence.token_bytes(len(names) * page_tokens, end * page_tokens)
-            names += namer.names(parent, token_ids, page_tokens * TOKEN_ID_BYTES)
-        return names[first:end]
+    def _give_way_to_urgent(self) -> None:
+        """Send less urgent sequences away, the last first, where the head of the queue can start for it."""
+        head = self._waiting.head
+        last = next(reversed(self._running.values()), None)
+        if head is None or head is self._stuck or last is None or not _gives_way(last, head):
+            return
+        running = list(self._running.values())
+        cached = self._reuse.find(head)
+        if not head.has_followed and self._reuse.leader_of(head, cached, self.step + 1) is not None:
+            return
+        kept = frozenset(cached.pages)
+        room_tokens = self._room_tokens(head)
+        needed_pages = sum(self._missing_pages(s, room_tokens) for s in (*running, head))
+        needed_pages += self._allocator.count_idle(cached.pages) - len(cached.pages)
+        free_pages = self._allocator.num_free
+        most_running = min(self.options.max_sequences, self.options.max_batch_tokens) - 1
+        leaving: list[Sequence] = []
+        while (needed_pages > free_pages or len(running) > most_running) and running and _gives_way(running[-1], head):
+            leaving.append(running.pop())
+            needed_pages -= self._missing_pages(leaving[-1], room_tokens)
+            free_pages += self._allocator.count_releasable(leaving[-1].pages, kept)
+        if needed_pages <= free_pages and len(running) <= most_running:
+            for sequence in leaving:
+                self._send_away(sequence)
 
     def _room_tokens(self, sequence: Sequence) -> int:
         """By how many tokens everybody must be able to grow before `sequence` is admitted."""
@@ -263,19 +272,32 @@ class Scheduler:
     def _make_room_for(self, sequence: Sequence, kept_pages: int) -> bool:
         """Free a page beside `kept_pages`, at the expense of the youngest. False if that was `sequence` itself."""
         while self._allocator.num_free <= kept_pages and sequence.state is SequenceState.RUNNING:
-            youngest = next(reversed(self._running.values()))
-            self._release(youngest)
-            youngest.state = SequenceState.WAITING
-            youngest.num_computed_tokens = 0
-            youngest.preemptions += 1
-            self.preemptions += 1
-            self._waiting.appendleft(youngest)
-            self._head_lacks_pages = True
+            self._send_away(next(reversed(self._running.values())))
         return sequence.state is SequenceState.RUNNING
+
+    def _send_away(self, sequence: Sequence) -> None:
+        """A running sequence gives its pages back and waits, to be computed again."""
+        self._release(sequence)
+        sequence.state = SequenceState.WAITING
+        sequence.num_computed_tokens = 0
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self._waiting.add(sequence)
+        self._stuck = sequence
+
+    def _still_follows(self, follower: Sequence, leader: Sequence) -> bool:
+        """A short prompt stays aside for one step, a long one while its leader completes a page of both in each."""
+        return follower.is_long and self._reuse.leads(leader, follower, self.step + 1)
 
     def _release(self, sequence: Sequence) -> None:
         """Take a running sequence's pages back, and note it for the ranks."""
         del self._running[sequence.id]
-        self._head_lacks_pages = False
+        self._stuck = None
+        self._reuse.leave(sequence)
         self._allocator.release(sequence.pages)
         self._dropped.append(sequence.id)
+
+
+def _gives_way(running: Sequence, waiting: Sequence) -> bool:
+    """Whether a running sequence is less urgent, and has not grown old enough to make up for that."""
+    return running.sampling.priority > waiting.sampling.priority and running.order > waiting.order

@@ -11,6 +11,9 @@ __all__ = ["TOKEN_ID_BYTES", "Sequence", "SequenceState"]
 
 TOKEN_ID_BYTES = 4
 
+PRIORITY_STEP_S = 10.0
+"""By how long a priority greater by one puts a request off among others."""
+
 
 class SequenceState(Enum):
     WAITING = "waiting"
@@ -26,13 +29,18 @@ class Sequence:
     __slots__ = (
         "cached_tokens",
         "end_token_ids",
+        "has_followed",
         "id",
         "is_long",
+        "leader",
+        "leads",
+        "leads_since_step",
         "max_total_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_scored_tokens",
         "num_tokens",
+        "order",
         "output_token_ids",
         "page_names",
         "pages",
@@ -53,6 +61,7 @@ class Sequence:
         seed: int,
         end_token_ids: frozenset[int],
         output_token_ids: bytes = b"",
+        arrived_s: float = 0.0,
     ) -> None:
         self.id = sequence_id
         self.request_id = request_id
@@ -79,7 +88,17 @@ class Sequence:
         self.cached_tokens: int | None = None
         """Prompt tokens that were in the cache when it was first admitted; None before that."""
         self.is_long = False
-        """Whether it had more to compute than a short prompt when it was last admitted."""
+        """Whether it had more to compute than a short prompt when that was last looked at."""
+        self.order = (arrived_s + sampling.priority * PRIORITY_STEP_S, sequence_id)
+        """Who comes first is served first. It never changes, and with a priority it is as if the request had come
+        earlier or later: so whoever waits long enough comes before all that are more urgent and newer."""
+        self.leader: Sequence | None = None
+        """While it is set aside: who computes its next page."""
+        self.has_followed = False
+        """It was set aside once as a short prompt, and will not be again."""
+        self.leads: int | None = None
+        """The ordinal of the page of its prompt that it is about to complete."""
+        self.leads_since_step = 0
         self.preemptions = 0
         self.state = SequenceState.WAITING
 

@@ -18,6 +18,7 @@ from leanserve.bundled import EXAMPLE_PROMPT
 from leanserve.contracts.errors import ConfigError, EngineError
 from leanserve.contracts.messages import EngineInfo
 from leanserve.launch.access import AccessOptions, is_loopback
+from leanserve.launch.capacity import describe_cache, describe_context
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
@@ -219,17 +220,15 @@ async def show_loading(client: EngineClient, console: Console) -> EngineInfo:
 
 def _print_banner(console: Console, info: EngineInfo, url: str, example: str | list[int]) -> None:
     ranks = len(info.pages_per_rank)
-    pages = sorted(set(info.pages_per_rank))
-    pages_text = f"{pages[0]:,}" if len(pages) == 1 else f"{pages[0]:,} to {pages[-1]:,}"
     body = json.dumps(
         {"prompt": example, "max_tokens": 32} | ({} if isinstance(example, str) else {"return_token_ids": True})
     )
-    kv_bytes = sum(info.pages_per_rank) * info.page_tokens * info.kv_bytes_per_token
     console.print(
         f"""\
   ranks      {ranks} x {info.device}, {info.dtype}, {info.attention} attention
-  KV cache   {pages_text} pages of {info.page_tokens} tokens per rank, {kv_bytes / 2**30:.2f} GiB in all
-  context    up to {info.max_context_tokens:,} tokens (the model's own limit is {info.model_max_tokens:,})
+  weights    {info.weights}
+  KV cache   {describe_cache(info)}
+  context    {describe_context(info)}
   serving    [bold]{url}[/]
 
 Try it:

@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401 -- custom operators import it in their first call, and a step would pay seconds for it
+import torch
+import torch._dynamo  # custom operators import it in their first call, and a step would pay seconds for it
 import torch.distributed as dist
 from llguidance import LLTokenizer
 
+from lean_attention import Backend
+from lean_attention.backend import choose_backend
 from leanserve.attention.kv_shard import KvShard
 from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.errors import ConfigError
@@ -19,10 +22,12 @@ from leanserve.launch.place import Place
 from leanserve.model.activations import activation_bytes
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
+from leanserve.model.split_choice import CPU_COSTS, GPU_COSTS, SplitChoice, choose_split, describe_split
 from leanserve.model.weights import load_weights
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.worker.device import choose_device, choose_dtype, describe
-from leanserve.worker.memory import kv_budget_bytes, num_pages
+from leanserve.worker.graphs import CudaCapture, supports_graphs
+from leanserve.worker.memory import kv_budget_bytes, memory_per_rank, num_pages
 from leanserve.worker.runner import Runner
 
 __all__ = ["LoadedRank", "load_rank"]
@@ -41,37 +46,56 @@ class LoadedRank:
 
 
 def load_rank(
-    place: Place, store: dist.Store, config: EngineConfig, progress: Callable[[int, int], None]
+    place: Place,
+    store: dist.Store,
+    config: EngineConfig,
+    progress: Callable[[int, int], None],
+    capture_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadedRank:
-    """Join the group, load the weights and lay out the pool. Every rank calls it with the same config.
+    """Join the group, load the weights, lay out the pool, capture graphs. Every rank calls it with the same config.
 
     Args:
         progress: told (done, total) bytes of weights.
+        capture_progress: told (done, total) CUDA graphs, where there are any.
 
     Raises:
         ConfigError: an option this machine or model cannot meet.
         ModelError: the checkpoint cannot be served.
     """
     device = choose_device(config.device, place.local_rank, place.local_size, shares_gpu=config.comm == "gloo")
-    backend = config.comm if config.comm != "auto" else ("gloo" if device.type == "cpu" else "nccl")
-    ranks = Ranks.join(rank=place.rank, size=place.size, store=store, backend=backend, device=device)
+    comm = config.comm if config.comm != "auto" else ("gloo" if device.type == "cpu" else "nccl")
+    ranks = Ranks.join(rank=place.rank, size=place.size, store=store, backend=comm, device=device)
 
     model_dir = Path(config.model_dir)
     architecture = read_architecture(model_dir)
     dtype = choose_dtype(config.dtype, architecture.checkpoint_dtype, device)
-    decoder = Decoder(architecture, dtype=dtype, device=device)
+    ranks_on_device = place.local_size if config.comm == "gloo" and device.type == "cuda" else 1
+    choice = _split(
+        config, architecture, dtype.itemsize, ranks, ranks_on_host=place.local_size, ranks_on_device=ranks_on_device
+    )
+    decoder = Decoder(architecture, ranks=ranks, split=choice.split, dtype=dtype, device=device)
     load_weights(decoder, model_dir, progress=progress)
 
+    attention = _choose_attention(config, device)
+    captures = supports_graphs(ranks, attention) and not config.enforce_eager
     kv_bytes_per_token = architecture.kv_bytes_per_token(dtype.itemsize)
     page_bytes = kv_bytes_per_token * config.cache.page_tokens
-    ranks_on_device = place.local_size if config.comm == "gloo" and device.type == "cuda" else 1
+    ranks.gather_ints(0)  # all have loaded: what is free now is nobody's weights-to-be
     budget = kv_budget_bytes(
         config.cache.kv_memory_bytes,
         device,
         ranks_on_host=place.local_size,
         ranks_on_device=ranks_on_device,
-        activation_bytes=activation_bytes(architecture, config.batch, dtype.itemsize),
+        activation_bytes=activation_bytes(
+            architecture,
+            config.batch,
+            dtype.itemsize,
+            page_tokens=config.cache.page_tokens,
+            captures_graphs=captures,
+        ),
     )
+    # A pool of the size that was asked for is each rank's own; what is free is shared on one host, or one GPU.
+    shares_memory = config.cache.kv_memory_bytes is None and (device.type == "cpu" or ranks_on_device > 1)
     pages_per_rank = ranks.gather_ints(num_pages(budget, page_bytes, config.cache.page_tokens))
     sharding = KvSharding(page_tokens=config.cache.page_tokens, pages_per_rank=pages_per_rank)
     shard = KvShard(
@@ -83,33 +107,72 @@ def load_rank(
         dtype=dtype,
         device=device,
     )
-    attention = config.attention if config.attention != "auto" else None
+    max_context_tokens = _max_context_tokens(config, architecture, sharding)
+    runner = Runner(
+        decoder,
+        shard,
+        ranks,
+        max_sequences=config.batch.max_sequences,
+        max_context_tokens=max_context_tokens,
+        grammar_tokenizer=_grammar_tokenizer(model_dir, architecture) if place.rank == 0 else None,
+        backend=attention,
+    )
+    if captures:
+        runner.capture_graphs(CudaCapture(device), capture_progress)
     return LoadedRank(
         ranks=ranks,
         decoder=decoder,
         shard=shard,
-        runner=Runner(
-            decoder,
-            shard,
-            ranks,
-            grammar_tokenizer=_grammar_tokenizer(model_dir, architecture) if place.rank == 0 else None,
-            backend=attention,
-        ),
+        runner=runner,
         sharding=sharding,
         info=EngineInfo(
             architecture=architecture.describe(),
             vocab_size=architecture.vocab_size,
             eos_token_ids=architecture.eos_token_ids,
-            max_context_tokens=_max_context_tokens(config, architecture, sharding),
+            max_context_tokens=max_context_tokens,
             model_max_tokens=architecture.max_positions,
             page_tokens=config.cache.page_tokens,
             pages_per_rank=pages_per_rank,
             kv_bytes_per_token=kv_bytes_per_token,
             dtype=str(dtype).removeprefix("torch."),
             device=describe(device),
-            attention=attention or ("portable" if device.type == "cpu" else "triton"),
+            attention=attention,
+            captures_graphs=captures,
             prefix_cache=config.cache.prefix_cache and not decoder.rope.depends_on_length,
+            weights=describe_split(decoder.partition, dtype.itemsize, choice.reason),
+            tokens_of_one_more_rank=0 if shares_memory else min(pages_per_rank) * config.cache.page_tokens,
         ),
+    )
+
+
+def _choose_attention(config: EngineConfig, device: torch.device) -> Backend:
+    try:
+        return choose_backend(None if config.attention == "auto" else config.attention, device)
+    except ValueError as error:
+        raise ConfigError(f"--attention {config.attention}: {error}") from error
+
+
+def _split(
+    config: EngineConfig,
+    architecture: Architecture,
+    dtype_bytes: int,
+    ranks: Ranks,
+    *,
+    ranks_on_host: int,
+    ranks_on_device: int,
+) -> SplitChoice:
+    """Which weights are split; the same on every rank, also where their memories differ."""
+    if config.weights != "auto":
+        return SplitChoice(config.weights, reason="")
+    memory = memory_per_rank(ranks.device, ranks_on_host=ranks_on_host, ranks_on_device=ranks_on_device)
+    on_cpu = ranks.device.type == "cpu"
+    return choose_split(
+        architecture,
+        ranks=ranks.size,
+        ranks_per_memory=ranks_on_host if on_cpu else ranks_on_device,
+        dtype_bytes=dtype_bytes,
+        costs=CPU_COSTS if on_cpu else GPU_COSTS,
+        memory_bytes=min(ranks.gather_ints(memory)),
     )
 
 

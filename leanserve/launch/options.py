@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leanserve.bundled import bundled_model_dir
-from leanserve.contracts.config import AttentionBackend, BatchOptions, CacheOptions, Comm, Device, DType, EngineConfig
+from leanserve.contracts.config import (
+    AttentionBackend,
+    BatchOptions,
+    CacheOptions,
+    Comm,
+    Device,
+    DType,
+    EngineConfig,
+    Weights,
+)
 from leanserve.contracts.errors import ConfigError
 from leanserve.launch.ranks_process import count_gpus
 from leanserve.model.checkpoint import resolve_model
@@ -35,6 +44,10 @@ class LaunchOptions:
     device: Device = "auto"
     comm: Comm = "auto"
     attention: AttentionBackend = "auto"
+    enforce_eager: bool = False
+    """No CUDA graphs."""
+    weights: Weights = "auto"
+    """Which weights are split over the ranks."""
     page_tokens: int = 64
     kv_memory: str | int | None = None
     """KV memory of each rank, such as 512MiB."""
@@ -70,6 +83,8 @@ class LaunchOptions:
             device=self.device,
             comm=self.comm,
             attention=self.attention,
+            enforce_eager=self.enforce_eager,
+            weights=self.weights,
             cache=CacheOptions(
                 page_tokens=self.page_tokens,
                 kv_memory_bytes=None if self.kv_memory is None else parse_bytes(self.kv_memory),

@@ -158,7 +158,13 @@ def _serve_engine(
     tell: Callable[[FromEngine], None],
 ) -> None:
     place = member.place
-    loaded = load_rank(place, store, orders.config, lambda done, total: tell(Loading("weights", done, total)))
+    loaded = load_rank(
+        place,
+        store,
+        orders.config,
+        lambda done, total: tell(Loading("weights", done, total)),
+        lambda done, total: tell(Loading("CUDA graphs", done, total)),
+    )
     is_spread = place.local_size < place.size
     sender = StepSender(member.context, Path(orders.run_dir), place.size, host=member.host if is_spread else None)
     for rank, address in enumerate(sender.addresses, 1):

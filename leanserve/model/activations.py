@@ -9,11 +9,17 @@ SCORED_LOGITS_BYTES = 64 << 20
 """Float32 logits of prompt tokens at once: what bounds the memory of scoring a prompt."""
 
 
-def activation_bytes(architecture: Architecture, batch: BatchOptions, dtype_bytes: int) -> int:
+def activation_bytes(
+    architecture: Architecture, batch: BatchOptions, dtype_bytes: int, *, page_tokens: int, captures_graphs: bool
+) -> int:
     """Of one full step: the widest layer's activations, its float32 attention states from all ranks, and logits
-    of the tokens to sample or of prompt tokens to score."""
+    of the tokens to sample or of prompt tokens to score; page tables of all sequences, at the model's longest; and what
+    captured decode steps keep for themselves."""
     widest = 2 * architecture.intermediate_size + 4 * architecture.hidden_size
     states = architecture.num_heads * (architecture.head_dim + 1) * 4 * 3
+    token_bytes = widest * dtype_bytes * 2 + states
     logits = batch.max_sequences * architecture.vocab_size * 4 * 2
     scoring = 4 * SCORED_LOGITS_BYTES  # the logits, their log-softmax, and what topk needs
-    return batch.max_batch_tokens * (widest * dtype_bytes * 2 + states) + max(logits, scoring)
+    page_tables = batch.max_sequences * -(-architecture.max_positions // page_tokens) * 4 * 2
+    graphs = batch.max_sequences * token_bytes + logits if captures_graphs else 0
+    return batch.max_batch_tokens * token_bytes + max(logits, scoring) + page_tables + graphs

@@ -3,7 +3,8 @@
 N tokens of a step (all sequences together, in any order), M rows that want logits, C hidden, V vocabulary,
 H query heads, K KV heads, D head dim, J any width.
 
-It does not know what a sequence, a page or a rank is: attention is a function that it is given.
+It does not know what a sequence or a page is: attention is a function that it is given. Of ranks it knows that each may
+hold a part of the weights (`Partition`); what they then say to each other is `TokenExchange`, beside each product.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanserve.distributed.ranks import Ranks
+from leanserve.distributed.token_exchange import (
+    NO_EXCHANGE,
+    NoExchange,
+    TokenExchange,
+    TokenSpread,
+    columns_to_rank_0,
+)
 from leanserve.model.architecture import Architecture
 from leanserve.model.layers import Linear, rms_norm, swiglu
+from leanserve.model.partition import Partition, WeightSplit
 from leanserve.model.rope import Rope, RotaryTable, rotate
 
 __all__ = ["Attend", "Decoder", "DecoderLayer"]
@@ -43,7 +53,8 @@ class Attend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderLayer:
-    """One layer's weights. Projections that read the same input are one matrix: fewer, larger reads."""
+    """One layer's weights, or this rank's part. Projections that read the same input are one matrix: fewer, larger
+    reads."""
 
     rotates: bool
     input_norm_C: Tensor
@@ -65,47 +76,71 @@ class Decoder:
 
     Args:
         architecture: what to build.
+        ranks: the group that the weights may be split over; None: one rank, on `device`.
+        split: which weights are.
         dtype: of weights and activations: float32, bfloat16 or float16.
         device: of the weights.
     """
 
     def __init__(
-        self, architecture: Architecture, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        architecture: Architecture,
+        *,
+        ranks: Ranks | None = None,
+        split: WeightSplit = "replicated",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.architecture = a = architecture
         self.dtype = dtype
         self.device = torch.device(device)
+        self.ranks = Ranks.single(self.device) if ranks is None else ranks
+        self.partition = Partition(a, split, self.ranks.rank, self.ranks.size)
         self.rope = Rope(a.rope, head_dim=a.head_dim, max_positions=a.max_positions, device=device)
+        self._qkv_widths = [len(outputs) for outputs in self.partition.qkv]
+        self._attended_widths = [len(inputs) for inputs in self.partition.attended]
+        parts = self.partition.tensor_parts()
 
         def vector(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        def projection(outputs: int, inputs: int, *, bias: bool = False) -> Linear:
+        def projection(*names: str) -> Linear:
+            """This rank's part of one matrix, or of several that read the same input."""
+            outputs = sum(len(parts[f"{name}.weight"][0]) for name in names)
+            inputs = len(parts[f"{names[0]}.weight"][1])
+            bias = f"{names[0]}.bias" in parts
             return Linear(outputs, inputs, bias=bias, dtype=dtype, device=device)
 
-        hidden, middle, attended = a.hidden_size, a.intermediate_size, a.num_heads * a.head_dim
-        self.embedding_VC = vector(a.vocab_size, hidden)
+        self.embedding_VC = vector(*map(len, parts["model.embed_tokens.weight"]))
         self.layers = [
             DecoderLayer(
                 rotates=rotates,
-                input_norm_C=vector(hidden),
-                qkv=projection(attended + 2 * a.num_kv_heads * a.head_dim, hidden, bias=a.qkv_bias),
+                input_norm_C=vector(a.hidden_size),
+                qkv=projection(*_under(index, "self_attn", "q_proj", "k_proj", "v_proj")),
                 qk_norm_HKD=vector(a.num_heads + a.num_kv_heads, a.head_dim) if a.qk_norm else None,
-                output=projection(hidden, attended, bias=a.output_bias),
-                mlp_norm_C=vector(hidden),
-                gate_up=projection(2 * middle, hidden, bias=a.mlp_bias),
-                down=projection(hidden, middle, bias=a.mlp_bias),
+                output=projection(*_under(index, "self_attn", "o_proj")),
+                mlp_norm_C=vector(a.hidden_size),
+                gate_up=projection(*_under(index, "mlp", "gate_proj", "up_proj")),
+                down=projection(*_under(index, "mlp", "down_proj")),
             )
-            for rotates in a.layer_rope
+            for index, rotates in enumerate(a.layer_rope)
         ]
-        self.final_norm_C = vector(hidden)
-        self.unembedding = None if a.tied_embeddings else projection(a.vocab_size, hidden)
+        self.final_norm_C = vector(a.hidden_size)
+        self.unembedding = None if a.tied_embeddings else projection("lm_head")
 
     @torch.inference_mode()
     def forward(
-        self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, *, prompt_lengths_N: Tensor | None = None
+        self,
+        tokens_N: Tensor,
+        positions_N: Tensor,
+        attend: Attend,
+        *,
+        prompt_lengths_N: Tensor | None = None,
+        spread: TokenSpread | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [N, C] in the model's dtype.
+
+        Every rank must call it, with N = 0 too, where its weights are split or where `attend` needs that.
 
         Args:
             tokens_N: token ids, integer.
@@ -113,26 +148,63 @@ class Decoder:
             attend: attention, called once per layer in order.
             prompt_lengths_N: tokens in the prompt of each token's sequence, integer; needed by dynamic and longrope
                 rope (`Rope.depends_on_length`), ignored by the others.
+            spread: which rank has which tokens; None: all ranks have the same ones.
         """
-        x_NC = F.embedding(tokens_N, self.embedding_VC)
+        if spread is None:
+            spread = TokenSpread(tokens_N.shape[0], (0,) * self.ranks.size)
+        exchange = TokenExchange(self.ranks, spread)
+        for_attention = exchange if self.partition.splits_attention else NO_EXCHANGE
+        for_mlp = exchange if self.partition.splits_mlp else NO_EXCHANGE
+
+        x_NC = for_mlp.summed(self._embedded(for_mlp.all_tokens(tokens_N)))
         table = self.rope.table(positions_N, prompt_lengths_N, self.dtype)
         for index, layer in enumerate(self.layers):
-            self._add_layer(index, layer, x_NC, table, attend)
+            self._add_attention(index, layer, x_NC, table, attend, for_attention)
+            self._add_mlp(layer, x_NC, for_mlp)
         return rms_norm(x_NC, self.final_norm_C, self.architecture.rms_norm_eps)
 
     @torch.inference_mode()
-    def logits(self, hidden_MC: Tensor) -> Tensor:
-        """Logits [M, V] in float32 of hidden states that `forward` returned."""
-        if self.unembedding is None:
-            return F.linear(hidden_MC, self.embedding_VC).float()
-        return self.unembedding(hidden_MC).float()
+    def logits(self, hidden_MC: Tensor) -> Tensor | None:
+        """Logits [M, V] in float32 of hidden states that `forward` returned, on rank 0. Other ranks get None.
 
-    def _add_layer(self, index: int, layer: DecoderLayer, x_NC: Tensor, table: RotaryTable, attend: Attend) -> None:
-        """Add attention, then the MLP, to the residual stream in place."""
+        A collective: every rank must call it, with the same M rows. (Where the vocabulary is not split, the other
+        ranks do nothing.)
+        """
+        if not self.partition.splits_mlp:
+            return self._part_of_logits(hidden_MC).float() if self.ranks.rank == 0 else None
+        widths = [len(ids) for ids in self.partition.vocabulary]
+        logits_MV = columns_to_rank_0(self._part_of_logits(hidden_MC), widths, self.ranks)
+        return None if logits_MV is None else logits_MV.float()
+
+    def _embedded(self, tokens_M: Tensor) -> Tensor:
+        """Rows of the embedding, zero where another rank has them."""
+        if not self.partition.splits_mlp:
+            return F.embedding(tokens_M, self.embedding_VC)
+        ids = self.partition.vocabulary[self.ranks.rank]
+        elsewhere_M = (tokens_M < ids.start) | (tokens_M >= ids.stop)
+        x_MC = F.embedding((tokens_M - ids.start).masked_fill_(elsewhere_M, 0), self.embedding_VC)
+        return x_MC.masked_fill_(elsewhere_M.unsqueeze(1), 0)
+
+    def _part_of_logits(self, hidden_MC: Tensor) -> Tensor:
+        if self.unembedding is None:
+            return F.linear(hidden_MC, self.embedding_VC)
+        return self.unembedding(hidden_MC)
+
+    def _add_attention(
+        self,
+        index: int,
+        layer: DecoderLayer,
+        x_NC: Tensor,
+        table: RotaryTable,
+        attend: Attend,
+        exchange: NoExchange | TokenExchange,
+    ) -> None:
+        """Add attention to the residual stream in place."""
         a = self.architecture
         n, d, rotary_heads = x_NC.shape[0], a.head_dim, a.num_heads + a.num_kv_heads
         h_NC = rms_norm(x_NC, layer.input_norm_C, a.rms_norm_eps)
-        qkv_NHD = layer.qkv(h_NC).view(n, rotary_heads + a.num_kv_heads, d)
+        qkv_NJ = exchange.my_tokens(layer.qkv(exchange.all_tokens(h_NC)), self._qkv_widths)
+        qkv_NHD = qkv_NJ.view(n, rotary_heads + a.num_kv_heads, d)
         qk_NHD, v_NKD = qkv_NHD.split((rotary_heads, a.num_kv_heads), dim=1)
         if layer.qk_norm_HKD is not None:
             qk_NHD = rms_norm(qk_NHD, None, a.rms_norm_eps).mul_(layer.qk_norm_HKD)
@@ -140,46 +212,48 @@ class Decoder:
             qk_NHD = rotate(qk_NHD, table)
         q_NHD, k_NKD = qk_NHD.split((a.num_heads, a.num_kv_heads), dim=1)
 
-        attended_NHD = attend(index, q_NHD, k_NKD, v_NKD)
-        x_NC += layer.output(attended_NHD.reshape(n, a.num_heads * d))
+        attended_NJ = attend(index, q_NHD, k_NKD, v_NKD).reshape(n, a.num_heads * d)
+        x_NC += exchange.summed(layer.output(exchange.my_columns(attended_NJ, self._attended_widths)))
 
-        h_NC = rms_norm(x_NC, layer.mlp_norm_C, a.rms_norm_eps)
-        x_NC += layer.down(swiglu(layer.gate_up(h_NC)))
+    def _add_mlp(self, layer: DecoderLayer, x_NC: Tensor, exchange: NoExchange | TokenExchange) -> None:
+        """Add the MLP to the residual stream in place."""
+        h_NC = rms_norm(x_NC, layer.mlp_norm_C, self.architecture.rms_norm_eps)
+        x_NC += exchange.summed(layer.down(swiglu(layer.gate_up(exchange.all_tokens(h_NC)))))
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Every tensor under its name in a checkpoint, as a view into this model's memory: where it is to be loaded.
 
-        Names and shapes are those of `Architecture.tensor_shapes`, except that the q_norm and k_norm views are [H, D]
+        Names and shapes are those of `Partition.tensor_parts`, except that the q_norm and k_norm views are [H, D]
         and [K, D], one row per head: copying a [D] vector into them repeats it. Not after `pack`.
         """
-        a = self.architecture
-        queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        parts = self.partition.tensor_parts()
         found: dict[str, Tensor] = {"model.embed_tokens.weight": self.embedding_VC}
 
-        def add(projection: Linear, parts: dict[str, int]) -> None:
-            """`parts`: checkpoint names of a projection's outputs, in order, and how many each has."""
+        def add(projection: Linear, *names: str) -> None:
+            """`names`: the projections whose outputs are those of `projection`, in order."""
             if projection.weight_JC is None:
                 raise RuntimeError("the weights are packed; checkpoint_tensors comes before pack")
             for kind, fused in (("weight", projection.weight_JC), ("bias", projection.bias_J)):
                 if fused is not None:
-                    views = fused.split(tuple(parts.values()))
-                    found.update({f"{name}.{kind}": view for name, view in zip(parts, views, strict=True)})
+                    full_names = [f"{name}.{kind}" for name in names]
+                    views = fused.split([len(parts[name][0]) for name in full_names])
+                    found.update(zip(full_names, views, strict=True))
 
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}"
-            attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
             found[f"{prefix}.input_layernorm.weight"] = layer.input_norm_C
-            add(layer.qkv, {f"{attention}.q_proj": queries, f"{attention}.k_proj": keys, f"{attention}.v_proj": keys})
+            add(layer.qkv, *_under(index, "self_attn", "q_proj", "k_proj", "v_proj"))
             if layer.qk_norm_HKD is not None:
-                q_norm_HD, k_norm_KD = layer.qk_norm_HKD.split((a.num_heads, a.num_kv_heads))
-                found |= {f"{attention}.q_norm.weight": q_norm_HD, f"{attention}.k_norm.weight": k_norm_KD}
-            add(layer.output, {f"{attention}.o_proj": a.hidden_size})
+                heads = (self.architecture.num_heads, self.architecture.num_kv_heads)
+                norms = zip(_under(index, "self_attn", "q_norm", "k_norm"), layer.qk_norm_HKD.split(heads), strict=True)
+                found.update({f"{name}.weight": norm for name, norm in norms})
+            add(layer.output, *_under(index, "self_attn", "o_proj"))
             found[f"{prefix}.post_attention_layernorm.weight"] = layer.mlp_norm_C
-            add(layer.gate_up, {f"{mlp}.gate_proj": a.intermediate_size, f"{mlp}.up_proj": a.intermediate_size})
-            add(layer.down, {f"{mlp}.down_proj": a.hidden_size})
+            add(layer.gate_up, *_under(index, "mlp", "gate_proj", "up_proj"))
+            add(layer.down, *_under(index, "mlp", "down_proj"))
         found["model.norm.weight"] = self.final_norm_C
         if self.unembedding is not None:
-            add(self.unembedding, {"lm_head": a.vocab_size})
+            add(self.unembedding, "lm_head")
         return found
 
     def pack(self) -> None:
@@ -189,3 +263,8 @@ class Decoder:
                 projection.pack()
         if self.unembedding is not None:
             self.unembedding.pack()
+
+
+def _under(layer: int, block: str, *modules: str) -> list[str]:
+    """Checkpoint names of a layer's modules."""
+    return [f"model.layers.{layer}.{block}.{module}" for module in modules]

@@ -1,7 +1,7 @@
 """Weights from safetensors files into a Decoder. Each tensor is checked before any is read, and copied once.
 
 Files are mapped, not read into memory: the copy goes from the page cache into the model's own dtype and device, so
-loading needs the model's memory and not twice that.
+loading needs the model's memory and not twice that. A rank that holds a part of a matrix touches that part alone.
 """
 
 import math
@@ -69,14 +69,15 @@ def load_weights(decoder: Decoder, model_dir: Path, *, progress: Progress | None
         for name, shape in expected.items():
             _check_tensor(name, shape, stored[name])
 
-        targets = decoder.checkpoint_tensors()
-        total = sum(stored[name].num_bytes for name in expected)
+        targets, parts = decoder.checkpoint_tensors(), decoder.partition.tensor_parts()
+        total = sum(stored[name].num_bytes(part) for name, part in parts.items())
         done = 0
         if progress is not None:
             progress(done, total)
-        for name, target in targets.items():
-            target.copy_(stored[name].read())
-            done += stored[name].num_bytes
+        for name, part in parts.items():
+            if targets[name].numel():
+                targets[name].copy_(stored[name].read(part))
+            done += stored[name].num_bytes(part)
             if progress is not None:
                 progress(done, total)
         if decoder.architecture.tied_embeddings and _HEAD in stored:
@@ -95,14 +96,13 @@ class _StoredTensor:
     dtype: str
     """As safetensors spells it: F32, BF16, ..."""
 
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * _BYTES[self.dtype]
+    def num_bytes(self, part: tuple[range, ...]) -> int:
+        return math.prod(map(len, part)) * _BYTES[self.dtype]
 
-    def read(self) -> Tensor:
-        """The values, on the CPU, in the file's dtype."""
+    def read(self, part: tuple[range, ...]) -> Tensor:
+        """The values of a part, given as a range per dimension, on the CPU, in the file's dtype."""
         try:
-            return self.file.get_tensor(self.name)
+            return self.file.get_slice(self.name)[tuple(slice(extent.start, extent.stop) for extent in part)]
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{self.path}: tensor {self.name} cannot be read ({error})") from error
 
@@ -153,7 +153,8 @@ def _check_tied(decoder: Decoder, head: _StoredTensor) -> None:
     """A file that says "tied" and still holds another output matrix contradicts itself."""
     shape = (decoder.architecture.vocab_size, decoder.architecture.hidden_size)
     _check_tensor(_HEAD, shape, head)
-    if not torch.equal(head.read().to(decoder.dtype), decoder.embedding_VC.cpu()):
+    part = decoder.partition.tensor_parts()["model.embed_tokens.weight"]
+    if not torch.equal(head.read(part).to(decoder.dtype), decoder.embedding_VC.cpu()):
         raise CheckpointError(
             f"{head.path}: {_HEAD} differs from model.embed_tokens.weight, but config.json ties them; set "
             "tie_word_embeddings to false to use it"

@@ -171,7 +171,9 @@ def _deployment(
 
 def _memory(architecture: Architecture, question: Question, constants: Constants, weights: WeightBytes) -> Memory:
     dtype_bytes = DTYPE_BYTES[question.dtype]
-    activations = activation_bytes(architecture, question.batch, dtype_bytes)
+    activations = activation_bytes(
+        architecture, question.batch, dtype_bytes, page_tokens=question.page_tokens, captures_graphs=True
+    )
     kv_bytes_per_token = architecture.kv_bytes_per_token(dtype_bytes)
     budget = question.kv_bytes_per_rank
     if budget is None:

@@ -4,7 +4,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 
-from leanserve.contracts.messages import Logprobs, TokenOutput
+from leanserve.contracts.logprobs import Logprobs
+from leanserve.contracts.messages import TokenOutput
 from leanserve.server.choices import Choice, Piece
 from leanserve.server.generation_request import GenerationRequest
 from leanserve.server.output_stream import OutputStream

@@ -6,7 +6,7 @@ from uuid import uuid4
 import msgspec
 
 from leanserve.contracts.errors import RequestError
-from leanserve.contracts.messages import Logprobs
+from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.answer import Answer
 from leanserve.server.chat_request import ChatRequest

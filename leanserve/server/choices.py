@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from leanserve.contracts.messages import Logprobs, TokenOutput
+from leanserve.contracts.logprobs import Logprobs
+from leanserve.contracts.messages import TokenOutput
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.detokenizer import TextStream
 from leanserve.server.generation_request import GenerationRequest

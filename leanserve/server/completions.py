@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
-from leanserve.contracts.messages import Logprobs, TokenOutput
+from leanserve.contracts.logprobs import Logprobs
+from leanserve.contracts.messages import TokenOutput
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.answer import Answer
 from leanserve.server.choices import Choice, Piece, make_choices

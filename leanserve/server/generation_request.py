@@ -9,6 +9,7 @@ from leanserve.contracts.sampling import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_CACHE_SALT_CHARS,
     MAX_LOGIT_BIASES,
+    MAX_PRIORITY,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
@@ -108,6 +109,8 @@ class GenerationRequest(Body):
     """Keep only so many of the prompt's last tokens."""
     cache_salt: Annotated[str | None, Field(min_length=1, max_length=MAX_CACHE_SALT_CHARS)] = None
     """Share cached prompts only with requests of the same salt."""
+    priority: Annotated[int | None, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = None
+    """Lower is more urgent; 0 if left out."""
     n: int | None = None
     """Choices for each prompt."""
     stream: bool | None = None
@@ -184,6 +187,7 @@ class GenerationRequest(Body):
             "stop_token_ids": self.stop_token_ids,
             "ignore_eos": self.ignore_eos,
             "cache_salt": self.cache_salt,
+            "priority": self.priority,
         }
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 

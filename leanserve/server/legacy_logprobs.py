@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from leanserve.contracts.messages import Logprobs, TokenLogprobs
+from leanserve.contracts.logprobs import Logprobs, TokenLogprobs
 from leanserve.server.token_texts import TokenTexts
 
 __all__ = ["LegacyLogprobs"]

@@ -10,7 +10,6 @@ from starlette.types import Receive, Scope, Send
 
 from leanserve.contracts.errors import LeanServeError
 from leanserve.server.answer import Answer
-from leanserve.server.choices import Piece
 from leanserve.server.errors import error_reply
 from leanserve.server.logs import log_internal_error
 from leanserve.server.metrics import HttpCounts
@@ -52,7 +51,12 @@ def _frame(content: dict[str, object]) -> bytes:
 async def _events(answer: Answer, outputs: OutputStream, keep_alive_s: float) -> AsyncIterator[bytes]:
     """One frame for each token, then the usage if asked for; a comment after each `keep_alive_s` of silence."""
     async for piece in answer.read(outputs, keep_alive_s):
-        yield _comment(answer, outputs) if piece is None else await _piece_frame(answer, piece)
+        if piece is None:
+            yield _comment(answer, outputs)
+        elif piece.is_prompt:  # it may be long
+            yield _frame(await asyncio.to_thread(answer.chunk, piece))
+        else:
+            yield _frame(answer.chunk(piece))
     if answer.includes_usage:
         yield _frame(answer.usage_chunk())
 
@@ -70,15 +74,9 @@ async def _progress_and_events(answer: Answer, outputs: OutputStream, keep_alive
         elif piece is None:
             yield _comment(answer, outputs)
         if piece is not None:
-            yield await _piece_frame(answer, piece)
+            yield _frame(await asyncio.to_thread(answer.chunk, piece) if piece.is_prompt else answer.chunk(piece))
     if answer.includes_usage:
         yield _frame(answer.usage_chunk())
-
-
-async def _piece_frame(answer: Answer, piece: Piece) -> bytes:
-    if piece.is_prompt:  # it may be long
-        return _frame(await asyncio.to_thread(answer.chunk, piece))
-    return _frame(answer.chunk(piece))
 
 
 def _comment(answer: Answer, outputs: OutputStream) -> bytes:

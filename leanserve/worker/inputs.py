@@ -1,4 +1,4 @@
-"""A step message -> device tensors: which tokens, at which positions, in which pages. Built once per step.
+"""A step's rows -> device tensors: which tokens, at which positions, in which pages. Built once per step.
 
 Shapes: N tokens that this rank computes: B decode rows, which every rank computes, then L of the Q prefill tokens.
 """
@@ -13,23 +13,24 @@ from leanserve.attention.sharded_prefill import PrefillShare
 from leanserve.attention.step import SequencePages, StepLayout
 from leanserve.contracts.batch import Row
 from leanserve.distributed.ranks import Ranks
+from leanserve.distributed.token_exchange import TokenSpread
+from leanserve.worker.decode_rows import DecodeInputs
 from leanserve.worker.sequences import LiveSequence, LiveSequences
 
-__all__ = ["SampledRows", "ScoredTokens", "StepInputs", "build_inputs"]
+__all__ = ["PrefillSamples", "ScoredTokens", "StepInputs", "decode_inputs", "mixed_inputs", "split_rows"]
 
 
 @dataclass(frozen=True)
-class SampledRows:
-    """Which hidden states give a next token."""
+class PrefillSamples:
+    """Which hidden states of prefill tokens give a next token, in the order of the step's rows."""
 
-    sequence_ids: list[int]
-    """In row order: decode rows, then prefill rows."""
-    decode_rows: torch.Tensor
-    """int64: rows of the N tokens; every rank has them."""
-    prefill_owners: list[int]
-    """The rank that has the hidden state of each sampling prefill row."""
-    prefill_rows: torch.Tensor
+    owners: list[int]
+    """The rank that has each of them."""
+    rows: torch.Tensor
     """int64: rows of the N tokens of the owner; 0 where this rank is not it."""
+
+
+NO_SAMPLES = PrefillSamples([], torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class ScoredTokens:
     """Prompt tokens that get their log-probability in this step, each from the hidden state of the token before it."""
 
     rows_L: torch.Tensor
-    """int64: rows of the N tokens, of those that this rank scores."""
-    targets_L: torch.Tensor
-    """int64: the tokens to score from them."""
+    """int64: rows of the N tokens, of those hidden states that this rank has."""
     tokens_per_rank: tuple[int, ...]
     """L of each rank."""
-    owners: np.ndarray
-    """The rank of each token, over all ranks, in the order of the step's rows."""
-    places: np.ndarray
-    """Which of that rank's L it is."""
+    owners: torch.Tensor
+    """int64: the rank of each hidden state, over all ranks, in the order of the step's rows."""
+    places: torch.Tensor
+    """int64: which of that rank's L it is."""
+    targets: torch.Tensor
+    """int64: the tokens to score from them."""
     spans: list[tuple[int, int, int]]
     """In the same order: sequence id, tokens, most likely tokens asked for."""
     num_top: int
@@ -59,10 +60,11 @@ class StepInputs:
     tokens_N: torch.Tensor
     """int64."""
     prompt_lengths_N: torch.Tensor
-    """int64: tokens in the prompt of each token's sequence."""
+    """int32: tokens in the prompt of each token's sequence."""
     layout: StepLayout
-    sampled: SampledRows
-    scored: ScoredTokens | None
+    spread: TokenSpread
+    prefill_samples: PrefillSamples
+    scored: ScoredTokens | None = None
     """None where nobody asks for it."""
 
 
@@ -91,104 +93,112 @@ class _Tokens:
     def only(self, chosen: np.ndarray) -> "_Tokens":
         return _Tokens(*(column[chosen] for column in vars(self).values()))
 
-    def then(self, others: "_Tokens") -> "_Tokens":
-        pairs = zip(vars(self).values(), vars(others).values(), strict=True)
-        return _Tokens(*(np.concatenate(pair) for pair in pairs))
+
+def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Decode rows, which lead and have one token and sample the next one; and all others, which go through prefill."""
+    num_decode = sum(1 for _ in takewhile(lambda row: row.count == 1 and row.samples, rows))
+    return rows[:num_decode], rows[num_decode:]
 
 
-def build_inputs(rows: list[Row], live: LiveSequences, page_tokens: int, ranks: Ranks) -> StepInputs:
-    """Lay out `rows` for this rank. The leading rows of one token go through decode, all others through prefill."""
-    device = ranks.device
-    sequences = [live[row.sequence_id] for row in rows]
-    num_decode = sum(1 for _ in takewhile(lambda row: row.count == 1, rows))
-    prefill_rows = rows[num_decode:]
-    decode = _Tokens.of(rows[:num_decode], sequences[:num_decode], page_tokens)
-    prefill = _Tokens.of(prefill_rows, sequences[num_decode:], page_tokens)
-    tokens = decode.then(prefill.only(prefill.owners == ranks.rank))
+def decode_inputs(decode: DecodeInputs, num_ranks: int) -> StepInputs:
+    """A step of decode rows alone."""
+    return StepInputs(
+        tokens_N=decode.tokens_B,
+        prompt_lengths_N=decode.prompt_lengths_B,
+        layout=StepLayout(
+            positions_N=decode.positions_B,
+            pages_N=decode.pages_B,
+            slots_N=decode.slots_B,
+            decode=decode.sequence_pages,
+            prefill=None,
+            share=None,
+        ),
+        spread=TokenSpread(decode.tokens_B.shape[0], (0,) * num_ranks),
+        prefill_samples=NO_SAMPLES,
+    )
+
+
+def mixed_inputs(
+    decode: DecodeInputs, prefill_rows: list[Row], live: LiveSequences, page_tokens: int, ranks: Ranks
+) -> StepInputs:
+    """A step with prefill, beside decode rows if there are any: of the prefill tokens, those that this rank owns."""
+    device, num_decode = ranks.device, decode.tokens_B.shape[0]
+    sequences = [live[row.sequence_id] for row in prefill_rows]
+    prefill = _Tokens.of(prefill_rows, sequences, page_tokens)
+    mine = prefill.only(prefill.owners == ranks.rank)
     ends = np.cumsum([row.count for row in prefill_rows], dtype=np.int64)
 
     def to_device(array: np.ndarray, dtype: type = np.int32) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device, non_blocking=True)
 
-    def sequence_pages(part: slice) -> SequencePages:
-        return _sequence_pages(rows[part], sequences[part], page_tokens, device)
+    def behind(decode_B: torch.Tensor, prefill_L: np.ndarray) -> torch.Tensor:
+        return torch.cat([decode_B, to_device(prefill_L).to(decode_B.dtype)])
 
-    share = None
-    place = np.zeros(0, np.int64)
-    if prefill_rows:
-        place = _place_in_owner(prefill.owners, ranks.size)
-        tokens_per_rank = np.bincount(prefill.owners, minlength=ranks.size)
-        share = PrefillShare(
-            q_offsets=to_device(np.concatenate([[0], ends])),
-            positions_Q=to_device(prefill.positions),
-            tokens_per_rank=tuple(tokens_per_rank.tolist()),
-            padded_rows_Q=to_device(prefill.owners * tokens_per_rank.max() + place, np.int64),
-            by_owner_Q=to_device(np.argsort(prefill.owners, kind="stable"), np.int64),
-        )
-        last = ends[[row.samples for row in prefill_rows]] - 1
-        sampling_owners = prefill.owners[last]
-        sampling_rows = np.where(sampling_owners == ranks.rank, num_decode + place[last], 0)
-    else:
-        sampling_owners = sampling_rows = np.zeros(0, np.int32)
+    place = _place_in_owner(prefill.owners, ranks.size)
+    tokens_per_rank = np.bincount(prefill.owners, minlength=ranks.size)
+    spread = TokenSpread(num_decode, tuple(tokens_per_rank.tolist()))
+    last = ends[[row.samples for row in prefill_rows]] - 1
+    sampling_owners = prefill.owners[last]
     return StepInputs(
-        tokens_N=to_device(tokens.ids, np.int64),
-        prompt_lengths_N=to_device(tokens.prompt_lengths, np.int64),
+        tokens_N=behind(decode.tokens_B, mine.ids),
+        prompt_lengths_N=behind(decode.prompt_lengths_B, mine.prompt_lengths),
         layout=StepLayout(
-            positions_N=to_device(tokens.positions),
-            pages_N=to_device(tokens.pages),
-            slots_N=to_device(tokens.positions % page_tokens),
-            decode=sequence_pages(slice(0, num_decode)),
-            prefill=sequence_pages(slice(num_decode, None)),
-            share=share,
+            positions_N=behind(decode.positions_B, mine.positions),
+            pages_N=behind(decode.pages_B, mine.pages),
+            slots_N=behind(decode.slots_B, mine.positions % page_tokens),
+            decode=decode.sequence_pages if num_decode else None,
+            prefill=_sequence_pages(prefill_rows, sequences, page_tokens, device),
+            share=PrefillShare(
+                q_offsets=to_device(np.concatenate([[0], ends])),
+                positions_Q=to_device(prefill.positions),
+                tokens_per_rank=spread.own_per_rank,
+                padded_rows_Q=to_device(prefill.owners * tokens_per_rank.max() + place, np.int64),
+                by_owner_Q=to_device(np.argsort(prefill.owners, kind="stable"), np.int64),
+            ),
         ),
-        sampled=SampledRows(
-            sequence_ids=[row.sequence_id for row in rows if row.samples],
-            decode_rows=to_device(np.flatnonzero([row.samples for row in rows[:num_decode]]), np.int64),
-            prefill_owners=sampling_owners.tolist(),
-            prefill_rows=to_device(sampling_rows, np.int64),
+        spread=spread,
+        prefill_samples=PrefillSamples(
+            owners=sampling_owners.tolist(),
+            rows=to_device(np.where(sampling_owners == ranks.rank, num_decode + place[last], 0), np.int64),
         ),
-        scored=_scored_tokens(rows, sequences, prefill.owners, num_decode + place, num_decode, ranks),
+        scored=_scored_tokens(prefill_rows, sequences, prefill.owners, num_decode + place, ranks),
     )
 
 
 def _scored_tokens(
-    rows: list[Row],
-    sequences: list[LiveSequence],
-    prefill_owners: np.ndarray,
-    prefill_places: np.ndarray,
-    num_decode: int,
-    ranks: Ranks,
+    rows: list[Row], sequences: list[LiveSequence], owners_Q: np.ndarray, places_Q: np.ndarray, ranks: Ranks
 ) -> ScoredTokens | None:
-    """`prefill_places`: of each prefill token, its row on the rank that owns it. Decode rows are scored by rank 0."""
+    """`places_Q`: of each prefill token, its row on the rank that owns it. (A decode row's next token is no prompt
+    token.)"""
     if all(sequence.sampling.prompt_logprobs is None for sequence in sequences):
         return None
     owners, local_rows, targets = ([np.zeros(0, np.int64)] for _ in range(3))
     spans: list[tuple[int, int, int]] = []
-    row_place = 0  # among the prefill tokens
-    for index, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):
+    row_place = 0
+    for row, sequence in zip(rows, sequences, strict=True):
         first, end = sequence.positions_to_score(row.start, row.start + row.count)
         if first < end:
+            part = slice(row_place + first - row.start, row_place + end - row.start)
             targets.append(sequence.tokens[first + 1 : end + 1])
-            if index < num_decode:
-                owners.append(np.zeros(1, np.int64))
-                local_rows.append(np.array([index]))
-            else:
-                part = slice(row_place + first - row.start, row_place + end - row.start)
-                owners.append(prefill_owners[part])
-                local_rows.append(prefill_places[part])
+            owners.append(owners_Q[part])
+            local_rows.append(places_Q[part])
             assert sequence.sampling.prompt_logprobs is not None
             spans.append((row.sequence_id, end - first, sequence.sampling.prompt_logprobs))
-        row_place += row.count if index >= num_decode else 0
+        row_place += row.count
     if not spans:
         return None
     owner = np.concatenate(owners)
     mine = owner == ranks.rank
+
+    def to_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(ranks.device)
+
     return ScoredTokens(
-        rows_L=torch.from_numpy(np.concatenate(local_rows)[mine]).to(ranks.device),
-        targets_L=torch.from_numpy(np.concatenate(targets)[mine].astype(np.int64)).to(ranks.device),
+        rows_L=to_device(np.concatenate(local_rows)[mine]),
         tokens_per_rank=tuple(np.bincount(owner, minlength=ranks.size).tolist()),
-        owners=owner,
-        places=_place_in_owner(owner, ranks.size),
+        owners=to_device(owner),
+        places=to_device(_place_in_owner(owner, ranks.size)),
+        targets=to_device(np.concatenate(targets)),
         spans=spans,
         num_top=max(num_top for _, _, num_top in spans),
     )

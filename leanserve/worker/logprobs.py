@@ -1,12 +1,13 @@
 """Log-probabilities of tokens that were chosen or given, with those of the most likely ones.
 
-Shapes: M rows of logits, V vocabulary, k most likely tokens, L prompt tokens that this rank scores, R ranks.
+Shapes: M rows of logits, V vocabulary, k most likely tokens, S prompt tokens to score, L whose hidden state this rank
+has, C hidden.
 """
 
 import numpy as np
 import torch
 
-from leanserve.contracts.messages import Logprobs
+from leanserve.contracts.logprobs import Logprobs
 from leanserve.distributed.ranks import Ranks
 from leanserve.model.activations import SCORED_LOGITS_BYTES
 from leanserve.model.decoder import Decoder
@@ -33,24 +34,24 @@ def score(logits_MV: torch.Tensor, tokens_M: torch.Tensor, num_top: int) -> torc
 
 
 def score_prompts(decoder: Decoder, hidden_NC: torch.Tensor, scored: ScoredTokens, ranks: Ranks) -> dict[int, Logprobs]:
-    """Score the prompt tokens of a step, each on the rank that has the hidden state of the token before it. Every rank
-    must call it.
+    """Score the prompt tokens of a step on rank 0, each from the hidden state of the token before it, wherever that is.
+    Every rank must call it.
 
     Returns:
         By sequence id, on rank 0; nothing on the others.
     """
-    width = 2 + 2 * scored.num_top
-    most = max(scored.tokens_per_rank)
-    mine = torch.zeros((most, width), dtype=torch.float64, device=hidden_NC.device)
+    mine_LC = hidden_NC.new_zeros((max(scored.tokens_per_rank), hidden_NC.shape[1]))
+    mine_LC[: scored.rows_L.shape[0]] = hidden_NC[scored.rows_L]
+    hidden_SC = ranks.all_gather(mine_LC)[scored.owners, scored.places]
     chunk_rows = max(1, SCORED_LOGITS_BYTES // (4 * decoder.architecture.vocab_size))
-    for start in range(0, scored.rows_L.shape[0], chunk_rows):
-        chunk = slice(start, start + chunk_rows)
-        logits_MV = decoder.logits(hidden_NC[scored.rows_L[chunk]])
-        mine[chunk][: logits_MV.shape[0]] = score(logits_MV, scored.targets_L[chunk], scored.num_top)
-    by_rank = ranks.all_gather(mine)
-    if ranks.rank != 0:
+    chunks = []
+    for hidden_MC, targets_M in zip(hidden_SC.split(chunk_rows), scored.targets.split(chunk_rows), strict=True):
+        logits_MV = decoder.logits(hidden_MC)
+        if logits_MV is not None:
+            chunks.append(score(logits_MV, targets_M, scored.num_top))
+    if not chunks:
         return {}
-    packed = by_rank.cpu().numpy()[scored.owners, scored.places]
+    packed = torch.cat(chunks).cpu().numpy()
     found: dict[int, Logprobs] = {}
     start = 0
     for sequence_id, count, num_top in scored.spans:

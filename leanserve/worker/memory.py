@@ -7,7 +7,7 @@ import torch
 
 from leanserve.contracts.errors import ConfigError
 
-__all__ = ["kv_budget_bytes", "num_pages"]
+__all__ = ["kv_budget_bytes", "memory_per_rank", "num_pages"]
 
 GIB = 1 << 30
 CPU_KV_LIMIT_BYTES = 4 * GIB
@@ -54,6 +54,14 @@ def kv_budget_bytes(
     free, total = torch.cuda.mem_get_info(device)
     spare = free - int(total * (1 - GPU_MEMORY_SHARE))
     return spare // ranks_on_device - activation_bytes
+
+
+def memory_per_rank(device: torch.device, *, ranks_on_host: int, ranks_on_device: int) -> int:
+    """Bytes that a rank has for weights, activations and KV together, before the model is loaded."""
+    if device.type == "cpu":
+        return available_host_bytes() // ranks_on_host
+    _, total = torch.cuda.mem_get_info(device)
+    return int(total * GPU_MEMORY_SHARE) // ranks_on_device
 
 
 def num_pages(budget_bytes: int, page_bytes: int, page_tokens: int) -> int:

@@ -21,7 +21,7 @@ def _grown(array: np.ndarray, needed: int, fill: int = 0) -> np.ndarray:
     return longer
 
 
-@dataclass
+@dataclass(eq=False)
 class LiveSequence:
     """One sequence as this rank sees it."""
 

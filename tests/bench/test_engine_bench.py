@@ -74,6 +74,18 @@ def load_one_rank(model_dir: Path) -> tuple[LoadedRank, EngineConfig]:
     return load_rank(place, dist.HashStore(), config, lambda done, total: None), config
 
 
+def with_fresh_runner(loaded: LoadedRank) -> LoadedRank:
+    """The same pool under a runner that remembers nothing."""
+    runner = Runner(
+        loaded.decoder,
+        loaded.shard,
+        loaded.ranks,
+        max_sequences=BATCH,
+        max_context_tokens=loaded.info.max_context_tokens,
+    )
+    return dataclasses.replace(loaded, runner=runner)
+
+
 def test_both_sides_do_the_same_work(model_dir, prompts, peers_tokens, tmp_path):
     """Equal greedy tokens: after a real prefill, and on a cache that holds what a real prefill left."""
     loaded, config = load_one_rank(model_dir)
@@ -81,7 +93,7 @@ def test_both_sides_do_the_same_work(model_dir, prompts, peers_tokens, tmp_path)
         sender = StepSender(context, tmp_path, num_ranks=1)
         assert answer(make_engine(loaded, config, sender), prompts) == peers_tokens
         # The allocator gives a fresh engine the very pages that the prompts were just prefilled into.
-        fresh = dataclasses.replace(loaded, runner=Runner(loaded.decoder, loaded.shard, loaded.ranks))
+        fresh = with_fresh_runner(loaded)
         assert answer(engine_on_filled_cache(fresh, config, sender), prompts) == peers_tokens
 
 
@@ -91,7 +103,7 @@ def test_the_filled_cache_is_what_decode_reads(model_dir, prompts, peers_tokens,
     with zmq.Context() as context:
         sender = StepSender(context, tmp_path, num_ranks=1)
         answer(make_engine(loaded, config, sender), prompts)
-        fresh = dataclasses.replace(loaded, runner=Runner(loaded.decoder, loaded.shard, loaded.ranks))
+        fresh = with_fresh_runner(loaded)
         loaded.shard.pool_L2PKTD[:, 1, 0, :, :1] += 100.0  # one value vector of the first prompt's first token
         changed = answer(engine_on_filled_cache(fresh, config, sender), prompts)
     assert changed[0] != peers_tokens[0]

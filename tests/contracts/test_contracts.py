@@ -10,7 +10,8 @@ from leanserve.contracts.batch import Batch, NewSequence, Row, step_checksum
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
 from leanserve.contracts.errors import ConfigError, RequestError
 from leanserve.contracts.kv_sharding import KvSharding, PageGrant
-from leanserve.contracts.messages import Configure, Logprobs, Submit, decode_to_engine, encode
+from leanserve.contracts.logprobs import Logprobs
+from leanserve.contracts.messages import Configure, Submit, decode_to_engine, encode
 from leanserve.contracts.sampling import SamplingParams
 
 
@@ -34,6 +35,9 @@ from leanserve.contracts.sampling import SamplingParams
         {"stop": [""]},
         {"stop": ["x"] * 17},
         {"stop_token_ids": [-1]},
+        {"priority": True},
+        {"priority": 1_000_001},
+        {"priority": 0.5},
         {"cache_salt": ""},
         {"n": 0},
         {"n": 129},
@@ -130,7 +134,7 @@ def test_messages_survive_the_wire():
 def test_a_step_message_is_small_however_long_the_context():
     def size(context_tokens: int) -> int:
         rows = [Row(i, context_tokens, 1, True) for i in range(256)]
-        return len(encode(Batch(5, [], [], [PageGrant(1, context_tokens // 64, 0, 3)], rows, 4, 99)))
+        return len(encode(Batch(5, [], [], [PageGrant(1, context_tokens // 64, 0, 3)], [], rows, 4, 99)))
 
     assert size(1_000_000) - size(100) <= 256 * 5  # only the width of a number grows
 
@@ -151,7 +155,9 @@ def test_sharding_counts_pages():
     assert [sharding.pages_for(t) for t in (0, 1, 16, 17)] == [0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("wrong", [{"dtype": "int8"}, {"device": "tpu"}, {"comm": "mpi"}, {"attention": "fast"}])
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": "int8"}, {"device": "tpu"}, {"comm": "mpi"}, {"attention": "fast"}, {"weights": "half"}]
+)
 def test_a_wrong_choice_lists_the_right_ones(wrong):
     with pytest.raises(ConfigError, match="allowed are auto"):
         EngineConfig(model_dir="m", **wrong)

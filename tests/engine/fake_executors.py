@@ -1,7 +1,7 @@
 """Executors for engine tests: each does what its name says."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,9 +78,10 @@ class ToyModelExecutor:
     """The toy model on every rank's page pool: "KV" is stored in the granted pages and read from there.
 
     Asserts what a rank relies on: a page to be filled is nobody else's and within its rank's pool, ordinals are in
-    order, a new sequence's row starts behind whole pages that hold the very KV it would compute, any other row goes on
-    where the last one ended, with pages enough and none to spare, steps come in order with the right checksum. A page
-    is poisoned when it is granted to be filled, so a stale page table changes the tokens.
+    order, a new sequence's row starts behind whole pages, and perhaps a copied one, that hold the very KV it would
+    compute, any other row goes on where the last one ended, with pages enough and none to spare, steps come in order
+    with the right checksum. A page is poisoned when it is granted to be filled, so a stale page table changes the
+    tokens.
     """
 
     POISON = 0xDEADBEEF
@@ -120,10 +121,15 @@ class ToyModelExecutor:
             assert new.sequence_id not in self.sequences
             self.sequences[new.sequence_id] = _ToySequence(new.token_ids, new.seed)
         row_starts = {row.sequence_id: row.start for row in batch.rows}
+        sources = [self.pools[copy.rank][copy.source].copy() for copy in batch.copies]
         for grant in batch.grants:
             self._grant(grant, row_starts[grant.sequence_id])
+        targets = {(copy.rank, copy.target): kv for copy, kv in zip(batch.copies, sources, strict=True)}
+        assert len(targets) == len(batch.copies), "one page, two copies"
+        for (rank, page), kv in targets.items():
+            self.pools[rank][page] = kv
         for new in batch.started:
-            self._share(self.sequences[new.sequence_id], row_starts[new.sequence_id])
+            self._share(self.sequences[new.sequence_id], row_starts[new.sequence_id], targets)
         token_ids = [token for row in batch.rows if (token := self._compute(row)) is not None]
         self.checksum = step_checksum(self.step, token_ids)
         return StepResult(self.step, token_ids)
@@ -132,14 +138,15 @@ class ToyModelExecutor:
         sequence, place = self.sequences[grant.sequence_id], (grant.rank, grant.page)
         assert 0 <= grant.page < self.sharding.pages_per_rank[grant.rank]
         assert grant.ordinal == len(sequence.table)
-        if grant.ordinal * self.sharding.page_tokens >= row_start:
+        if (grant.ordinal + 1) * self.sharding.page_tokens > row_start:
             assert place not in self.holders, f"page {grant.page} of rank {grant.rank} is taken"
             self.pools[grant.rank][grant.page] = self.POISON
         self.holders.setdefault(place, set()).add(grant.sequence_id)
         sequence.table.append(place)
 
-    def _share(self, sequence: _ToySequence, num_tokens: int) -> None:
-        assert num_tokens % self.sharding.page_tokens == 0, "only whole pages are shared"
+    def _share(self, sequence: _ToySequence, num_tokens: int, copied: Container[tuple[int, int]]) -> None:
+        whole_pages, copied_tokens = divmod(num_tokens, self.sharding.page_tokens)
+        assert not copied_tokens or sequence.table[whole_pages] in copied, "only whole pages are shared"
         assert self._stored(sequence, num_tokens).tolist() == toy_kv(sequence.token_ids[:num_tokens])
         sequence.num_stored = num_tokens
         self.shared_tokens += num_tokens

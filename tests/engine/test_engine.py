@@ -175,12 +175,12 @@ def test_the_report_counts_what_the_prefix_cache_was_asked_for_and_held() -> Non
     checked.serve(toy_submit(1, 9, 1))
     report = checked.engine.report([])
     assert (report.prefix_queried_tokens, report.prefix_hit_tokens) == (9, 0)
-    assert report.pages_cached_per_rank == (1, 1)
+    assert report.pages_cached_per_rank == (2, 1)
     assert report.page_imbalance == 1
     checked.submit(toy_submit(2, 1, 9, behind=checked.text("r1"), ignore_eos=True))
     checked.step()
     report = checked.engine.report([])
-    assert (report.prefix_queried_tokens, report.prefix_hit_tokens) == (20, 8)
+    assert (report.prefix_queried_tokens, report.prefix_hit_tokens) == (20, 9)
     assert report.pages_cached_per_rank == (0, 0)
     assert report.pages_used_per_rank == (2, 1)
     assert report.page_imbalance == 4 / 3, "two pages where an even share would be one and a half"

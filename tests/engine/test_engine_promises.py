@@ -1,10 +1,10 @@
-"""Random lives: arrivals, forks of earlier texts, lengths, aborts, and pools so small that sequences are preempted and
-cached pages forgotten. `CheckedRun` checks them."""
+"""Random lives: arrivals, forks of earlier texts, lengths, priorities, aborts, and pools so small that sequences are
+preempted and cached pages forgotten. `CheckedRun` checks them after every step."""
 
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.workload import CheckedRun, toy_submit
@@ -17,35 +17,45 @@ shardings = st.builds(
     pages_per_rank=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(sum).map(tuple),
 )
 options = st.builds(BatchOptions, max_batch_tokens=st.integers(1, 24), max_sequences=st.integers(1, 6))
-arrivals = st.tuples(st.just("submit"), st.integers(1, 30), st.integers(1, 24), st.booleans())
-forks = st.tuples(st.just("fork"), st.integers(0, 40), st.integers(0, 60), st.integers(1, 9), st.integers(1, 24))
+priorities = st.sampled_from([0, -1, 1, 1000])
+arrivals = st.tuples(st.just("submit"), st.integers(1, 30), st.integers(1, 24), priorities, st.booleans())
+forks = st.tuples(
+    st.just("fork"), st.integers(0, 40), st.integers(0, 60), st.integers(0, 9), st.integers(1, 24), priorities
+)
 aborts = st.tuples(st.just("abort"), st.integers(0, 40))
 steps = st.tuples(st.just("step"), st.integers(1, 12))
 
 
-@settings(max_examples=600, deadline=None)
-@given(shardings, options, st.lists(st.one_of(arrivals, forks, steps, aborts), max_size=40))
-def test_every_request_ends_once_with_the_tokens_it_gets_alone(
-    sharding: KvSharding, options: BatchOptions, events: list[tuple]
-) -> None:
-    run = CheckedRun(sharding, options)
-    for number, event in enumerate(events):
-        if event[0] == "submit":
-            _, prompt_tokens, max_tokens, ignore_eos = event
-            fits = prompt_tokens + max_tokens <= sharding.total_tokens
-            request = toy_submit(number, prompt_tokens, max_tokens, ignore_eos=ignore_eos)
-            assert run.submit(request) == fits
-        elif event[0] == "fork":
-            _, earlier, kept_tokens, prompt_tokens, max_tokens = event
-            behind = run.text(f"r{earlier}")[: 4 * kept_tokens] if f"r{earlier}" in run.accepted else b""
-            run.submit(toy_submit(number, prompt_tokens, max_tokens, behind=behind))
-        elif event[0] == "abort":
-            run.abort(f"r{event[1]}")
-        else:
-            for _ in range(event[1]):
-                run.step()
-    run.finish(max_steps=20_000)
-    fill_every_page(run)
+def test_every_request_ends_once_with_the_tokens_it_gets_alone() -> None:
+    steps_seen = 0
+
+    @settings(max_examples=450, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(shardings, options, st.lists(st.one_of(arrivals, forks, steps, aborts), min_size=8, max_size=40))
+    def live(sharding: KvSharding, options: BatchOptions, events: list[tuple]) -> None:
+        nonlocal steps_seen
+        run = CheckedRun(sharding, options)
+        for number, event in enumerate(events):
+            if event[0] == "submit":
+                _, prompt_tokens, max_tokens, priority, ignore_eos = event
+                fits = prompt_tokens + max_tokens <= sharding.total_tokens
+                request = toy_submit(number, prompt_tokens, max_tokens, priority=priority, ignore_eos=ignore_eos)
+                assert run.submit(request) == fits
+            elif event[0] == "fork":
+                _, earlier, kept_tokens, prompt_tokens, max_tokens, priority = event
+                behind = run.text(f"r{earlier}")[: 4 * kept_tokens] if f"r{earlier}" in run.accepted else b""
+                prompt_tokens = prompt_tokens if behind else max(prompt_tokens, 1)
+                run.submit(toy_submit(number, prompt_tokens, max_tokens, behind=behind, priority=priority))
+            elif event[0] == "abort":
+                run.abort(f"r{event[1]}")
+            else:
+                for _ in range(event[1]):
+                    run.step()
+        run.finish(max_steps=20_000)
+        steps_seen += run.scheduler.step
+        fill_every_page(run)
+
+    live()
+    assert steps_seen >= 10_000
 
 
 def fill_every_page(run: CheckedRun) -> None:
@@ -80,7 +90,13 @@ def test_a_long_crowded_life(
             salt = rng.choice([None, None, "salt"])
             run.submit(
                 toy_submit(
-                    number, prompt_tokens, max_tokens, ignore_eos=rng.random() < 0.5, behind=behind, cache_salt=salt
+                    number,
+                    prompt_tokens,
+                    max_tokens,
+                    ignore_eos=rng.random() < 0.5,
+                    behind=behind,
+                    cache_salt=salt,
+                    priority=rng.choice([0, 0, 0, 1, 5]),
                 )
             )
         if rng.random() < 0.05:

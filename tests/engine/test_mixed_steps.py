@@ -69,6 +69,47 @@ def test_a_short_request_behind_long_prefills_starts_within_two_steps(num_long: 
         assert {later - sooner for sooner, later in pairwise(times)} == {1}, "a stream missed a step"
 
 
+SECONDS_A_TOKEN = 0.001
+CHUNK_S = BUDGET * SECONDS_A_TOKEN
+"""What a full step takes."""
+
+
+@pytest.mark.parametrize("into_the_step", [0.001, 0.5, 0.999])
+def test_beside_a_64k_prefill_a_short_request_and_the_streams_wait_for_a_chunk_or_two(into_the_step: float) -> None:
+    """On a clock that a step moves by the tokens it holds. The short request comes while a step is being computed."""
+    clock = Clock()
+    now_s = 0.0
+    token_s: dict[str, list[float]] = {}
+
+    def step() -> float:
+        nonlocal now_s
+        held = len(clock.executor.batches)
+        outputs = clock.engine.step()
+        took_s = SECONDS_A_TOKEN * sum(row.count for batch in clock.executor.batches[held:] for row in batch.rows)
+        now_s += took_s
+        for output in outputs:
+            token_s.setdefault(output.request_id, []).append(now_s)
+        return took_s
+
+    for number in range(16):
+        clock.submit(number, 10, 1000)
+    step()
+    clock.submit(100, 65_536, 2)
+    number = 200
+    while "r100" not in token_s:
+        asked_s = now_s + into_the_step * step()  # the step that runs when it comes
+        clock.submit(number, 100, 3)
+        if "r100" in token_s:
+            break
+        step()
+        assert token_s[f"r{number}"][0] - asked_s <= 2 * CHUNK_S
+        number += 1
+    assert number > 214, "the prefill was running all the while"
+    for streamed in range(16):
+        times = token_s[f"r{streamed}"]
+        assert max(later - sooner for sooner, later in pairwise(times)) <= CHUNK_S + 1e-9
+
+
 def test_long_prompts_advance_together_and_use_the_whole_step() -> None:
     clock = Clock()
     for number in range(1, 4):

@@ -32,11 +32,14 @@ def toy_submit(
     ignore_eos: bool = False,
     behind: bytes = b"",
     cache_salt: str | None = None,
+    priority: int = 0,
 ) -> Submit:
     """A request of `prompt_tokens` random tokens behind those of `behind`; random for each number."""
     rng = random.Random(number)
     prompt = behind + token_bytes([rng.randrange(VOCAB_SIZE) for _ in range(prompt_tokens)])
-    sampling = SamplingParams(max_tokens=max_tokens, seed=number, ignore_eos=ignore_eos, cache_salt=cache_salt)
+    sampling = SamplingParams(
+        max_tokens=max_tokens, seed=number, ignore_eos=ignore_eos, cache_salt=cache_salt, priority=priority
+    )
     return Submit(f"r{number}", prompt, sampling)
 
 
@@ -57,9 +60,13 @@ class CheckedRun:
     def __post_init__(self) -> None:
         self.executor = ToyModelExecutor(self.sharding)
         self.scheduler = Scheduler(self.sharding, self.options, self.max_context_tokens, prefix_cache=self.prefix_cache)
-        self.engine = Engine(self.scheduler, self._execute, [EOS_TOKEN_ID])
+        self.engine = Engine(self.scheduler, self._execute, [EOS_TOKEN_ID], clock=lambda: float(self.seconds))
+        self.seconds = 0
+        """One for each step."""
+        self.orders: list[tuple[int, int]] = [(0, 0)]
+        """By sequence id, what comes first sorts first. Sequence ids count accepted requests from 1."""
         self.starts: Counter[int] = Counter()
-        """How often each sequence was started; sequence ids count accepted requests from 1."""
+        """How often each sequence was started."""
         self.must_compute: set[int] = set()
         """Sequences that decode: each must have a row in the next batch, or be dropped by it."""
 
@@ -69,6 +76,7 @@ class CheckedRun:
         except RequestTooLongError:
             return False
         self.accepted[request.request_id] = request
+        self.orders.append((self.seconds + 10 * request.sampling.priority, len(self.accepted)))
         self.outputs[request.request_id] = []
         return True
 
@@ -93,6 +101,7 @@ class CheckedRun:
         raise AssertionError(f"{request.request_id} still lives after {max_steps} steps")
 
     def step(self) -> None:
+        self.seconds += 1
         for output in self.engine.step():
             self._note(output)
         assert self.scheduler.num_running <= min(self.options.max_sequences, self.options.max_batch_tokens)
@@ -109,7 +118,9 @@ class CheckedRun:
         assert self.ends.keys() == self.accepted.keys()
         assert self.executor.used_per_rank == self.scheduler.pages_used_per_rank == (0,) * self.sharding.num_ranks
         most_pages = max((self.sharding.pages_for(r.sampling.max_tokens) for r in self.accepted.values()), default=1)
-        assert max(self.starts.values(), default=0) <= 2 + math.ceil(math.log2(most_pages)), "preemption thrashes"
+        most_starts = 2 + math.ceil(math.log2(most_pages))
+        for sequence_id, starts in self.starts.items():
+            assert starts <= most_starts + self._num_more_urgent(sequence_id), "preemption thrashes"
         for request_id, request in self.accepted.items():
             end_token_ids = frozenset() if request.sampling.ignore_eos else frozenset([EOS_TOKEN_ID])
             expected, reason = toy_completion(
@@ -127,7 +138,6 @@ class CheckedRun:
             self.cached_tokens[output.request_id] = output.cached_tokens
             prompt_tokens = len(self.accepted[output.request_id].prompt_token_ids) // 4
             assert 0 <= output.cached_tokens < prompt_tokens
-            assert output.cached_tokens % self.sharding.page_tokens == 0
         else:
             assert output.cached_tokens == 0, "told twice"
         self.outputs[output.request_id] += output.token_ids
@@ -143,16 +153,20 @@ class CheckedRun:
         last_stream = max((i for i, row in enumerate(batch.rows) if row.sequence_id in streams), default=0)
         assert all(row.count == 1 and row.samples for row in batch.rows[:last_stream]), "decode rows come first"
         for new in batch.started:
-            assert new.sequence_id in self.starts or new.sequence_id > max(self.starts, default=0), "a queue was jumped"
+            for passed in self._waiting_before(new.sequence_id, batch):
+                assert self._follows(passed, batch), "a queue was jumped"
+        for new in batch.started:
             self.starts[new.sequence_id] += 1
             rows = [row for row in batch.rows if row.sequence_id == new.sequence_id]
             assert len(rows) == 1, "started, and left without a token"
             assert new.sequence_id not in batch.dropped, "sent away and taken back in one step"
         request_ids = list(self.accepted)
         preempted = [number for number in batch.dropped if request_ids[number - 1] not in self.ends]
-        assert all(row.sequence_id < min(preempted) for row in batch.rows if preempted), "an older one made room"
-        running = {row.sequence_id for row in batch.rows} | self.executor.sequences.keys() - set(batch.dropped)
-        assert not running or any(row.sequence_id == min(running) for row in batch.rows), "the oldest had to wait"
+        rows = {row.sequence_id for row in batch.rows}
+        first_preempted = min((self.orders[number] for number in preempted), default=(math.inf, 0))
+        assert all(self.orders[number] < first_preempted for number in rows), "somebody made room who comes before"
+        running = rows | self.executor.sequences.keys() - set(batch.dropped)
+        assert not running or min(running, key=self.orders.__getitem__) in rows, "the first had to wait"
         result = self.executor(batch)
         assert self.executor.used_per_rank == self.scheduler.pages_used_per_rank
         computed = {row.sequence_id for row in batch.rows}
@@ -160,3 +174,31 @@ class CheckedRun:
         sampled = {row.sequence_id for row in batch.rows if row.samples}
         self.must_compute = (self.must_compute - set(batch.dropped)) | sampled
         return result
+
+    def _num_more_urgent(self, sequence_id: int) -> int:
+        """Sequences for which this one may have had to give way, once for each."""
+        priorities = [request.sampling.priority for request in self.accepted.values()]
+        return sum(
+            priority < priorities[sequence_id - 1] and self.orders[number] < self.orders[sequence_id]
+            for number, priority in enumerate(priorities, 1)
+        )
+
+    def _waiting_before(self, sequence_id: int, batch: Batch) -> list[int]:
+        """Sequences that come before this one and neither ended nor run."""
+        started = {new.sequence_id for new in batch.started}
+        running = self.executor.sequences.keys() - set(batch.dropped) | started
+        live = [n for n, request_id in enumerate(self.accepted, 1) if request_id not in self.ends]
+        return [n for n in live if n not in running and self.orders[n] < self.orders[sequence_id]]
+
+    def _follows(self, sequence_id: int, batch: Batch) -> bool:
+        """Whether somebody who comes before has still to compute the next page that nobody else has."""
+        request_ids = list(self.accepted)
+        text = self.text(request_ids[sequence_id - 1])[:-4]
+        page_bytes = 4 * self.sharding.page_tokens
+        for row in batch.rows:
+            if self.orders[row.sequence_id] < self.orders[sequence_id]:
+                page_end = (row.start // self.sharding.page_tokens + 1) * page_bytes
+                other = self.text(request_ids[row.sequence_id - 1])
+                if len(text) >= page_end and text[:page_end] == other[:page_end]:
+                    return True
+        return False

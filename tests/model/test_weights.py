@@ -2,18 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import checkpoint
 from leanserve.contracts.errors import CheckpointError
+from leanserve.distributed.ranks import Ranks
+from leanserve.model import weights
 from leanserve.model.architecture import read_architecture
 from leanserve.model.decoder import Decoder
+from leanserve.model.layers import Linear
+from leanserve.model.partition import WeightSplit
 from leanserve.model.weights import load_decoder, load_weights
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -47,6 +54,95 @@ def test_every_tensor_arrives_where_it_belongs(single: Path, sharded: Path) -> N
         assert places.keys() == stored.keys()
         for name, place in places.items():
             torch.testing.assert_close(place, stored[name].expand_as(place), rtol=0, atol=0)
+
+
+class CountedFile:
+    """An open safetensors file that counts the bytes it hands out."""
+
+    read_bytes = 0
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def keys(self) -> Any:
+        return self._file.keys()
+
+    def get_slice(self, name: str) -> Any:
+        header = self._file.get_slice(name)
+
+        class CountedSlice:
+            get_shape, get_dtype = header.get_shape, header.get_dtype
+
+            def __getitem__(self, part: Any) -> Tensor:
+                tensor = header[part]
+                CountedFile.read_bytes += tensor.nbytes
+                return tensor
+
+        return CountedSlice()
+
+
+@pytest.mark.parametrize("split", ["replicated", "mlp", "all"])
+def test_a_rank_reads_and_allocates_its_part_alone(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, split: WeightSplit
+) -> None:
+    @contextmanager
+    def counted_open(*args: Any, **kwargs: Any) -> Iterator[CountedFile]:
+        with safe_open(*args, **kwargs) as file:
+            yield CountedFile(file)
+
+    monkeypatch.setattr(weights, "safe_open", counted_open)
+    model_dir = checkpoint(tmp_path_factory, "qwen2", heads=7, kv_heads=1, hidden=63, max_shard_size="30KB")
+    architecture = read_architecture(model_dir)
+    stored = {name: t for file in model_dir.glob("*.safetensors") for name, t in load_file(file).items()}
+    places: list[dict[str, Tensor]] = []
+    for rank in range(3):
+        cpu = torch.device("cpu")
+        ranks = Ranks(rank=rank, size=3, device=cpu, group=None, stages_through_host=False)  # loading is no collective
+        decoder = Decoder(architecture, ranks=ranks, split=split)
+        CountedFile.read_bytes = 0
+        calls: list[tuple[int, int]] = []
+        load_weights(decoder, model_dir, progress=lambda *call, calls=calls: calls.append(call))
+        held_bytes = 4 * decoder.partition.num_parameters
+        assert CountedFile.read_bytes == held_bytes
+        assert calls[-1] == (held_bytes, held_bytes)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in all_tensors(decoder)}
+        assert sum(storages.values()) == held_bytes
+        places.append(decoder.checkpoint_tensors())
+        for name, part in decoder.partition.tensor_parts().items():
+            mine = stored[name][tuple(slice(extent.start, extent.stop) for extent in part)]
+            torch.testing.assert_close(places[rank][name], mine, rtol=0, atol=0)
+    if split == "replicated":
+        assert held_bytes == 4 * architecture.num_parameters
+    else:
+        assert sum(t["model.layers.0.mlp.down_proj.weight"].shape[1] for t in places) == architecture.intermediate_size
+
+
+def all_tensors(decoder: Decoder) -> list[Tensor]:
+    """Every weight that a decoder has allocated, whether a checkpoint has a name for it or not."""
+    found = [decoder.embedding_VC, decoder.final_norm_C]
+    for layer in decoder.layers:
+        for value in vars(layer).values():
+            found += [value] if isinstance(value, Tensor) else []
+            found += [value.weight_JC, value.bias_J] if isinstance(value, Linear) else []
+    if decoder.unembedding is not None:
+        found.append(decoder.unembedding.weight_JC)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def test_a_tied_head_that_differs_is_seen_by_the_rank_that_holds_the_difference(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    model_dir = Path(shutil.copytree(checkpoint(tmp_path_factory, "qwen2", tied=True), tmp_path / "tied"))
+    edit(model_dir, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit(model_dir, lambda t: t["lm_head.weight"][-1].add_(1))
+    for rank in (0, 1):
+        ranks = Ranks(rank=rank, size=2, device=torch.device("cpu"), group=None, stages_through_host=False)
+        decoder = Decoder(read_architecture(model_dir), ranks=ranks, split="mlp")
+        if rank == 0:
+            load_weights(decoder, model_dir)
+        else:
+            with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+                load_weights(decoder, model_dir)
 
 
 def test_progress_counts_bytes_to_the_end(sharded: Path) -> None:

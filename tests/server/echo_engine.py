@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import zmq
 import zmq.asyncio
 
+from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.messages import (
     Abort,
     EngineFailed,
     EngineInfo,
     EngineReady,
     Loading,
-    Logprobs,
     Shutdown,
     Submit,
     TokenOutput,

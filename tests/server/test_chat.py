@@ -228,7 +228,7 @@ def test_what_a_model_lacks_is_said_clearly(
 def test_log_probabilities_have_chats_shape() -> None:
     from array import array
 
-    from leanserve.contracts.messages import Logprobs
+    from leanserve.contracts.logprobs import Logprobs
     from leanserve.server.chat import ChatCompletion
     from leanserve.server.chat_request import ChatRequest
     from leanserve.server.choices import Piece

@@ -64,6 +64,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
                 "stop_token_ids": [4, 5],
                 "ignore_eos": True,
                 "cache_salt": "tenant 7",
+                "priority": -3,
                 "min_tokens": 2,
                 "presence_penalty": 0.5,
                 "frequency_penalty": -0.5,

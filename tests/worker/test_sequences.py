@@ -11,7 +11,8 @@ from leanserve.contracts.errors import EngineError
 from leanserve.contracts.kv_sharding import PageGrant
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.ranks import Ranks
-from leanserve.worker.inputs import build_inputs
+from leanserve.worker.decode_rows import DecodeRows
+from leanserve.worker.inputs import StepInputs, mixed_inputs, split_rows
 from leanserve.worker.sequences import LiveSequences
 
 T = 4
@@ -65,6 +66,13 @@ def test_a_sequence_may_start_again_in_the_step_that_drops_it():
 CPU = torch.device("cpu")
 
 
+def laid_out(rows: list[Row], live: LiveSequences, ranks: Ranks) -> StepInputs:
+    decode, prefill = split_rows(rows)
+    decode_rows = DecodeRows(max_rows=4, max_pages=3, page_tokens=T, device=CPU)
+    decode_rows.arrange(decode, [live[row.sequence_id] for row in decode])
+    return mixed_inputs(decode_rows.inputs(len(decode)), prefill, live, T, ranks)
+
+
 def test_a_step_is_laid_out_decode_rows_first():
     live = LiveSequences(0, T)
     live.apply(
@@ -72,18 +80,16 @@ def test_a_step_is_laid_out_decode_rows_first():
         [started(1, [10, 11, 12, 13, 14]), started(2, [20, 21, 22])],
         [PageGrant(1, 0, 0, 7), PageGrant(1, 1, 0, 3), PageGrant(2, 0, 0, 1)],
     )
-    inputs = build_inputs([Row(1, 4, 1, True), Row(2, 0, 2, False)], live, T, Ranks.single(CPU))
+    inputs = laid_out([Row(1, 4, 1, True), Row(2, 0, 2, False)], live, Ranks.single(CPU))
     assert inputs.tokens_N.tolist() == [14, 20, 21]
     assert inputs.prompt_lengths_N.tolist() == [5, 3, 3]
-    assert inputs.sampled.sequence_ids == [1]
-    assert inputs.sampled.decode_rows.tolist() == [0]
-    assert inputs.sampled.prefill_owners == []
+    assert inputs.prefill_samples.owners == []
     layout = inputs.layout
     assert layout.positions_N.tolist() == [4, 0, 1]
     assert layout.pages_N.tolist() == [3, 1, 1]
     assert layout.slots_N.tolist() == [0, 0, 1]
-    assert layout.decode.page_table_BM.tolist() == [[7, 3]]
-    assert layout.decode.page_positions_BM.tolist() == [[0, 4]]
+    assert layout.decode.page_table_BM.tolist() == [[7, 3, 0]]
+    assert layout.decode.page_positions_BM.tolist() == [[0, 4, 0]]
     assert layout.decode.lengths_B.tolist() == [5]
     assert layout.prefill.lengths_B.tolist() == [2]
     assert layout.share is not None
@@ -93,11 +99,11 @@ def test_a_step_is_laid_out_decode_rows_first():
 def test_the_last_chunk_of_one_token_behind_a_prefill_stays_a_prefill_row():
     live = LiveSequences(0, T)
     live.apply([], [started(1, [1, 2]), started(2, [3])], [PageGrant(1, 0, 0, 0), PageGrant(2, 0, 0, 1)])
-    inputs = build_inputs([Row(1, 0, 2, True), Row(2, 0, 1, True)], live, T, Ranks.single(CPU))
-    assert inputs.layout.decode.num_sequences == 0
+    inputs = laid_out([Row(1, 0, 2, True), Row(2, 0, 1, True)], live, Ranks.single(CPU))
+    assert inputs.layout.decode is None
     assert inputs.layout.share is not None
     assert inputs.layout.share.q_offsets.tolist() == [0, 2, 3]
-    assert inputs.sampled.prefill_rows.tolist() == [1, 2]
+    assert inputs.prefill_samples.rows.tolist() == [1, 2]
 
 
 def test_each_rank_computes_the_tokens_of_its_own_pages_and_no_other():
@@ -109,15 +115,15 @@ def test_each_rank_computes_the_tokens_of_its_own_pages_and_no_other():
     for rank in range(3):
         live = LiveSequences(rank, T)
         live.apply([], [started(i, [100 * i + t for t in range(length)]) for i, length in prompts.items()], grants)
-        inputs = build_inputs(rows, live, T, Ranks(rank, 3, CPU, group=None, stages_through_host=False))
+        inputs = laid_out(rows, live, Ranks(rank, 3, CPU, group=None, stages_through_host=False))
         assert inputs.layout.share is not None
         assert len(inputs.tokens_N) == inputs.layout.share.tokens_per_rank[rank]
         assert len(inputs.tokens_N) <= sum(ceil(ceil(length / T) / 3) * T for length in prompts.values())
         assert (inputs.layout.pages_N >= 0).all()
         seen += zip(inputs.tokens_N.tolist(), inputs.layout.positions_N.tolist(), strict=True)
-        owned = [rank == owner for owner in inputs.sampled.prefill_owners]
+        owned = [rank == owner for owner in inputs.prefill_samples.owners]
         lasts = [
-            inputs.tokens_N[row].item() for row, mine in zip(inputs.sampled.prefill_rows, owned, strict=True) if mine
+            inputs.tokens_N[row].item() for row, mine in zip(inputs.prefill_samples.rows, owned, strict=True) if mine
         ]
         assert lasts == [last for last, mine in zip([122, 208], owned, strict=True) if mine]
     assert sorted(seen) == [(100 * i + t, t) for i, length in prompts.items() for t in range(length)]
@@ -134,7 +140,7 @@ def test_a_sequence_may_start_behind_pages_that_another_filled():
         live.apply([], [started(2, tokens)], [*lent, PageGrant(2, 2, 1, 8)])
         live.apply([1], [], [])
         ranks = Ranks(rank, 2, CPU, group=None, stages_through_host=False)
-        layouts.append(build_inputs(rows, live, T, ranks).layout)
+        layouts.append(laid_out(rows, live, ranks).layout)
     here, there = layouts
     assert (here.pages_N.tolist(), there.pages_N.tolist()) == ([], [8, 8])
     assert (here.positions_N.tolist(), there.positions_N.tolist()) == ([], [8, 9])

@@ -39,5 +39,5 @@ def test_a_step_tells_what_each_part_of_it_took(tmp_path_factory) -> None:
     reports = run_cases(1, [case])[0].step_reports
     assert [(r.decode_rows, r.prefill_tokens) for r in reports] == [(0, 16), (0, 4), (1, 0), (1, 0), (0, 0)]
     assert [r.times.forward_s > 0 for r in reports] == [True] * 4 + [False], "the last one only says what to forget"
-    assert [r.times.sample_s > 0 for r in reports] == [False] + [True] * 3 + [False]
+    assert [r.times.sample_s > 0 for r in reports[1:]] == [True] * 3 + [False]
     assert all(r.times.combine_s == 0 for r in reports), "one rank has nobody to wait for"
