@@ -67,6 +67,7 @@ class WeightsChoice(StrEnum):
 
 
 MODEL, RANKS, MEMORY, HTTP = "Model", "Ranks and devices", "Memory and batching", "HTTP"
+FAILURES, NODES = "Failures and the end", "Several machines"
 ACCESS, LIMITS, SIGHT = "Who may ask", "Limits", "What can be seen"
 
 Ranks = Annotated[
@@ -246,6 +247,44 @@ def serve(
     max_batch_tokens: MaxBatchTokens = 2048,
     max_sequences: MaxSequences = 256,
     long_prefill_tokens: LongPrefillTokens = "auto",
+    step_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", help="A rank whose step takes longer is taken for dead.", rich_help_panel=FAILURES
+        ),
+    ] = 120.0,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Of the ranks, within ten minutes; then give up.", rich_help_panel=FAILURES)
+    ] = 5,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Requests go on after a restart, in the same stream; or they end with an error.",
+            rich_help_panel=FAILURES,
+        ),
+    ] = True,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0, help="Time to finish for live requests after SIGTERM.", rich_help_panel=FAILURES
+        ),
+    ] = 30.0,
+    queue_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Answer 408 to a request that has not begun.", rich_help_panel=LIMITS),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Stop a request that has not ended.", rich_help_panel=LIMITS),
+    ] = None,
+    nnodes: Annotated[int, typer.Option(help="Machines that take part.", rich_help_panel=NODES)] = 1,
+    node_rank: Annotated[
+        int, typer.Option(help="This machine among them; 0 has the HTTP port.", rich_help_panel=NODES)
+    ] = 0,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="On machine 0, where they meet.", rich_help_panel=NODES)
+    ] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API.
 
@@ -255,8 +294,11 @@ def serve(
     Every option can also stand in the environment, --port as LEANSERVE_PORT, or in the file of --config.
     """
     from leanserve.launch.access import AccessOptions
-    from leanserve.launch.front_end import ServeOptions, serve_under_torchrun, serve_until_stopped, started_by_torchrun
+    from leanserve.launch.front_end import ServeOptions, serve_until_stopped
+    from leanserve.launch.nodes import Nodes
     from leanserve.launch.options import LaunchOptions, parse_bytes
+    from leanserve.launch.under_torchrun import serve_under_torchrun, started_by_torchrun
+    from leanserve.server.engine_client import Recovery
     from leanserve.server.tool_calls import tool_format as find_tool_format
 
     if started_by_torchrun():
@@ -266,6 +308,11 @@ def serve(
         port=port,
         served_model_name=served_model_name,
         insecure=insecure,
+        nodes=Nodes(count=nnodes, rank=node_rank, endpoint=rdzv_endpoint),
+        recovery=Recovery(max_restarts=max_restarts, resume=resume),
+        drain_timeout_s=drain_timeout,
+        queue_timeout_s=queue_timeout,
+        request_timeout_s=request_timeout,
         access=AccessOptions(
             keys=tuple(api_key or ()),
             key_file=api_key_file,
@@ -294,6 +341,7 @@ def serve(
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
             long_prefill_tokens=_count_or_auto("--long-prefill-tokens", long_prefill_tokens),
+            step_timeout_s=step_timeout,
         ),
     )
     sys.exit(serve_until_stopped(options))

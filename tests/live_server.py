@@ -44,16 +44,28 @@ def free_port() -> int:
 
 
 @contextmanager
-def live_server(*arguments: str, log: Path, torchrun_ranks: int | None = None) -> Iterator[LiveServer]:
-    """Start a server, wait until it is ready, and end it. `torchrun_ranks` starts it as a user's own torchrun would."""
+def live_server(
+    *arguments: str,
+    log: Path,
+    torchrun_ranks: int | None = None,
+    max_restarts: int = 0,
+    environment: dict[str, str] | None = None,
+) -> Iterator[LiveServer]:
+    """Start a server, wait until it is ready, and end it.
+
+    Args:
+        torchrun_ranks: start it as a user's own torchrun would, with `max_restarts` for torchrun.
+        environment: variables to add.
+    """
     port = free_port()
     command = [sys.executable, "-m", "leanserve", "serve", *arguments, "--port", str(port)]
     if torchrun_ranks is not None:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command = [*torchrun, str(torchrun_ranks), *command[1:]]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun += ["--max-restarts", str(max_restarts), "--nproc-per-node", str(torchrun_ranks)]
+        command = [*torchrun, *command[1:]]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "200"}
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "200"} | (environment or {})
         )
     server = LiveServer(process, f"http://127.0.0.1:{port}", log)
     try:

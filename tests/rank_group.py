@@ -22,7 +22,8 @@ from leanserve.contracts.messages import StepReport, Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
 from leanserve.distributed.ranks import Ranks
-from leanserve.launch.loading import LoadedRank, Place, load_rank
+from leanserve.launch.loading import LoadedRank, load_rank
+from leanserve.launch.place import Place
 from leanserve.launch.rank import follow, make_engine
 from leanserve.model.architecture import read_architecture
 from leanserve.model.decoder import Decoder
@@ -51,6 +52,8 @@ class Case:
     broken_page: tuple[int, int] | None = None
     """(rank, page) that is overwritten once every prompt has given a token: the outputs must change."""
     keep_logits: bool = False
+    generated: Sequence[Sequence[int]] = ()
+    """By prompt: what another engine generated already; empty: nothing."""
 
     def config(self) -> EngineConfig:
         token_bytes_of_kv = read_architecture(self.model_dir).kv_bytes_per_token(torch.float32.itemsize)
@@ -204,7 +207,8 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
 
     for index, prompt in enumerate(case.prompts):
         sampling = msgspec.structs.replace(case.sampling, seed=case.seeds[index]) if case.seeds else case.sampling
-        engine.submit(Submit(str(index), array("i", prompt).tobytes(), sampling))
+        generated = array("i", case.generated[index] if case.generated else ()).tobytes()
+        engine.submit(Submit(str(index), array("i", prompt).tobytes(), sampling, generated))
         if not case.at_once:
             drain()
     drain()

@@ -95,6 +95,22 @@ def engine(
 
 
 @bench_app.command()
+def recovery(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: the bundled model.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks on this machine's CPU.")] = 2,
+    step_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="As of leanserve serve.")] = 5.0,
+    runs: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 3,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", file_okay=False, help="Write recovery.json here.")] = None,
+) -> None:
+    """Time from SIGKILL, and from SIGSTOP, of a rank to the first token that a stream gets after it."""
+    from leanserve.bench.recovery import run_recovery_bench
+
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    run_recovery_bench(model=model, ranks=ranks, step_timeout_s=step_timeout, runs=runs, out=out)
+
+
+@bench_app.command()
 def frontend(
     streams: Annotated[int, typer.Option(metavar="N", min=1, help="Streams at once.")] = 64,
     tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each stream.")] = 500,

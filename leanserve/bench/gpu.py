@@ -29,7 +29,8 @@ from leanserve.contracts.messages import StepReport, Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepSender
 from leanserve.engine.engine import Engine
-from leanserve.launch.loading import LoadedRank, Place, load_rank
+from leanserve.launch.loading import LoadedRank, load_rank
+from leanserve.launch.place import Place
 from leanserve.llm import LLM
 from leanserve.model.architecture import Architecture
 from leanserve.worker.device import describe, usable_gpus

@@ -26,7 +26,8 @@ from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
 from leanserve.engine.engine import Engine
 from leanserve.engine.scheduler import Scheduler
-from leanserve.launch.loading import LoadedRank, Place, load_rank
+from leanserve.launch.loading import LoadedRank, load_rank
+from leanserve.launch.place import Place
 from leanserve.launch.rank import follow, make_engine
 from leanserve.model.architecture import read_architecture
 

@@ -10,7 +10,7 @@ from leanserve.contracts.kv_sharding import PageCopy, PageGrant
 from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.sampling import SamplingParams
 
-__all__ = ["Batch", "NewSequence", "Row", "StepResult", "StepTimes", "Stop", "step_checksum"]
+__all__ = ["Batch", "IdleCheck", "NewSequence", "Row", "StepResult", "StepTimes", "Stop", "step_checksum"]
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +59,10 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     """The newest step that rank 0 completed (0: none), and ..."""
     checksum: int
     """... its checksum: a rank that has another one for it stops with DesyncError."""
+
+
+class IdleCheck(msgspec.Struct, frozen=True, array_like=True, tag="idle"):
+    """There is nothing to do: every rank compares its past with the others', which also shows that it is there."""
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):

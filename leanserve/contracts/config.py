@@ -79,8 +79,12 @@ class EngineConfig:
     projections too. auto: whichever makes a decode step shortest, by an estimate."""
     cache: CacheOptions = field(default_factory=CacheOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
+    step_timeout_s: float = 120.0
+    """A rank whose step takes longer, or that is silent for so long, is taken for dead."""
 
     def __post_init__(self) -> None:
+        if not self.step_timeout_s >= 1:
+            raise ConfigError(f"step timeout is {self.step_timeout_s:g} s; it must be at least 1 s")
         for name, value, allowed in (
             ("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
             ("device", self.device, ("auto", "cuda", "cpu")),

@@ -1,4 +1,5 @@
-"""What the front end and the engine on rank 0 say to each other, as msgpack over one ZMQ socket pair."""
+"""What the front end and the engine on rank 0 say to each other, as msgpack over one ZMQ socket pair; and what every
+rank tells the front end of itself, on a socket of its own."""
 
 import msgspec
 
@@ -14,9 +15,12 @@ __all__ = [
     "EngineInfo",
     "EngineReady",
     "FromEngine",
+    "FromRank",
     "Hello",
     "Loading",
     "PrefillProgress",
+    "Pulse",
+    "RankFailed",
     "Shutdown",
     "StepReport",
     "Submit",
@@ -24,6 +28,7 @@ __all__ = [
     "TokenOutput",
     "TokenOutputs",
     "decode_from_engine",
+    "decode_from_rank",
     "decode_to_engine",
     "encode",
 ]
@@ -41,6 +46,8 @@ class Configure(msgspec.Struct, frozen=True, tag="configure"):
     config: EngineConfig
     front_end_pid: int
     """Ranks end themselves when this process is gone."""
+    pulse_address: str
+    """Where every rank tells the front end of itself."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -50,6 +57,9 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     prompt_token_ids: bytes
     """int32, native byte order."""
     sampling: SamplingParams
+    output_token_ids: bytes = b""
+    """int32: what an engine that is gone generated already. This one goes on behind them; they are outputs, not prompt,
+    to penalties, limits, seeds and stop rules."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -108,6 +118,8 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine will not (or no longer) serve."""
 
     message: str
+    is_final: bool = False
+    """Another attempt would end the same way: an option or the checkpoint is wrong."""
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -189,9 +201,33 @@ class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
         return max(used) * len(used) / sum(used) if any(used) else 1.0
 
 
+class Pulse(msgspec.Struct, frozen=True, tag="pulse"):
+    """A rank lives, sent about every second from a thread of its own, whatever the rank is doing."""
+
+    rank: int
+    pid: int
+    host: str
+    """Which machine `pid` belongs to."""
+    step: int
+    """The newest completed step, or idle check; 0 before the first."""
+    busy_s: float
+    """How long the current step has run; 0 between steps."""
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag="rank-failed"):
+    """A rank's last words."""
+
+    rank: int
+    message: str
+    is_final: bool = False
+    """As of EngineFailed."""
+
+
 ToEngine = Configure | Submit | Abort | Shutdown
 FromEngine = Hello | Loading | EngineReady | EngineFailed | TokenOutputs
+FromRank = Pulse | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode

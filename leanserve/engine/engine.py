@@ -56,16 +56,23 @@ class Engine:
 
         Raises:
             RequestTooLongError: it can never fit.
-            RequestError: the prompt is empty or no int32 array.
+            RequestError: the prompt is empty, or it or the outputs so far are no int32 array, or those are complete.
             ValueError: the id belongs to a live request, which an answer under this id would end: the caller's mistake.
         """
         prompt_bytes = len(request.prompt_token_ids)
         if prompt_bytes == 0:
             raise RequestError("the prompt has no tokens; give at least one", param="prompt", code="empty_prompt")
-        if prompt_bytes % TOKEN_ID_BYTES:
+        output_bytes = len(request.output_token_ids)
+        for name, num_bytes in (("prompt_token_ids", prompt_bytes), ("output_token_ids", output_bytes)):
+            if num_bytes % TOKEN_ID_BYTES:
+                raise RequestError(
+                    f"{name} has {num_bytes} bytes, not a multiple of {TOKEN_ID_BYTES}; send int32", param="prompt"
+                )
+        if output_bytes // TOKEN_ID_BYTES >= request.sampling.max_tokens:
             raise RequestError(
-                f"prompt_token_ids has {prompt_bytes} bytes, not a multiple of {TOKEN_ID_BYTES}; send int32",
-                param="prompt",
+                f"{output_bytes // TOKEN_ID_BYTES} tokens were generated before and max_tokens is "
+                f"{request.sampling.max_tokens}: nothing is left to do",
+                param="max_tokens",
             )
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id!r} is in use")
@@ -77,6 +84,7 @@ class Engine:
             sampling=sampling,
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             end_token_ids=sampling.end_token_ids(self._eos_token_ids),
+            output_token_ids=request.output_token_ids,
             arrived_s=self._clock(),
         )
         self._scheduler.add(sequence)

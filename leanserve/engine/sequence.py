@@ -60,6 +60,7 @@ class Sequence:
         sampling: SamplingParams,
         seed: int,
         end_token_ids: frozenset[int],
+        output_token_ids: bytes = b"",
         arrived_s: float = 0.0,
     ) -> None:
         self.id = sequence_id
@@ -72,8 +73,9 @@ class Sequence:
         self.end_token_ids = end_token_ids
         self.num_prompt_tokens = len(prompt_token_ids) // TOKEN_ID_BYTES
         self.max_total_tokens = self.num_prompt_tokens + sampling.max_tokens
-        self.output_token_ids = array("i")
-        self.num_tokens = self.num_prompt_tokens
+        self.output_token_ids = array("i", output_token_ids)
+        """Begins with those of an engine before this one, if it is a request that outlived one."""
+        self.num_tokens = self.num_prompt_tokens + len(self.output_token_ids)
         """Prompt and outputs."""
         self.num_computed_tokens = 0
         """Tokens whose KV is in the cache; the newest token's is not."""

@@ -1,7 +1,8 @@
 """The engine's loop on rank 0: the front end's messages in, one message of tokens per step out."""
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from threading import Event
 
 import msgspec
@@ -27,24 +28,34 @@ logger = logging.getLogger(__name__)
 
 STOP_POLL_MS = 100
 """How often a loop that waits looks whether it should stop."""
+IDLE_CHECK_S = 2.0
+"""An engine without work looks so often whether every rank is still there."""
 MAX_MESSAGES_PER_STEP = 256
 """Bound on the messages applied between two steps: a flood of them does not hold up running streams."""
 
 
-def serve(engine: Engine, socket: zmq.Socket[bytes], stop: Event) -> None:
+def serve(
+    engine: Engine, socket: zmq.Socket[bytes], stop: Event, *, when_idle: Callable[[], object] = lambda: None
+) -> None:
     """Serve until `stop` is set, by a signal handler or by a Shutdown message, or a step fails.
 
     `socket` is a DEALER whose peer is the front end; one frame is one message. A message that cannot be read, or that
     reuses a live id, is logged and dropped. A front end that does not read holds the engine up once the socket's queues
-    are full; no token is lost. When this returns or raises, `stop` is set and every request has had its last output.
+    are full; no token is lost. When this returns, every request has had its last output; when it raises, none has: the
+    front end holds all that the next engine needs to go on with them. `stop` is set either way.
+
+    Args:
+        when_idle: called every IDLE_CHECK_S while there is no work.
 
     Raises:
-        Exception: what the step raised, after the front end was told.
+        Exception: what the step or `when_idle` raised, after the front end was told.
     """
+    checked_at = time.monotonic()
     try:
         while not stop.is_set():
-            if not engine.has_work:
-                socket.poll(STOP_POLL_MS)
+            if not engine.has_work and not socket.poll(STOP_POLL_MS) and time.monotonic() - checked_at >= IDLE_CHECK_S:
+                when_idle()
+                checked_at = time.monotonic()
             answers = [answer for message in _received(socket) if (answer := _apply(message, engine, stop))]
             if answers:
                 _send(engine.report(answers), socket, stop)
@@ -52,8 +63,6 @@ def serve(engine: Engine, socket: zmq.Socket[bytes], stop: Event) -> None:
                 _send(engine.report(engine.step()), socket, stop)
     except Exception as error:
         stop.set()
-        message = "the engine failed while this request ran; send it again"
-        _send(engine.report(engine.fail(message)), socket, stop)
         _send(EngineFailed(f"{type(error).__name__}: {error}"), socket, stop)
         raise
     _send(engine.report(engine.fail("the engine is shutting down")), socket, stop)

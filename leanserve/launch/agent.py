@@ -1,38 +1,54 @@
-"""The agent: torchrun as a child of the front end, with its tracebacks turned into one line per failed rank.
+"""The agent: torchrun as a child of the front end, quiet, tied to the front end's life.
 
-Run as `python -m leanserve.launch.agent RANKS FRONT_END_PID`; not for people.
+Run as `python -m leanserve.launch.agent RANKS FRONT_END_PID`; not for people. On machines without a front end it is the
+process that `leanserve serve --node-rank N` starts.
 """
 
+import logging
 import os
 import signal
 import sys
 
 from leanserve.launch.lifeline import when_gone
+from leanserve.launch.nodes import Nodes
+from leanserve.launch.place import NODE_RANK_VARIABLE
 
-__all__ = ["main"]
+__all__ = ["run_agent"]
+
+WITHOUT_LIMIT = 1_000_000
+"""Restarts: the front end counts them, and ends the agent."""
+JOIN_TIMEOUT_S = 7 * 24 * 3600
+"""How long the others wait for a machine that went away."""
 
 
-def main(num_ranks: int, front_end_pid: int) -> int:
-    """Start the ranks and wait for them. Returns the exit code: 0 when all ended in an orderly way."""
-    when_gone(front_end_pid, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def run_agent(num_ranks: int, nodes: Nodes) -> int:
+    """Start this machine's ranks, as often as it takes, and wait for them. Returns the exit code."""
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's own log; ours says what failed
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stores complain at length when their other end dies
+    elastic = logging.getLogger("torch.distributed.elastic")
+    elastic.propagate = False
+    elastic.addHandler(_FailedRanks())
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    arguments = [
-        "--nnodes=1",
-        f"--nproc-per-node={num_ranks}",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
-        "--local-addr=127.0.0.1",
-        "--max-restarts=0",
-        "-m",
-        "leanserve.launch.rank",
-    ]
+    arguments = [f"--nproc-per-node={num_ranks}", f"--max-restarts={WITHOUT_LIMIT}", "--rdzv-backend=c10d"]
+    if nodes.count == 1:
+        arguments += ["--nnodes=1", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    else:
+        from leanserve.launch.own_address import address_towards
+
+        os.environ[NODE_RANK_VARIABLE] = str(nodes.rank)
+        arguments += [
+            f"--nnodes={nodes.count}",
+            f"--rdzv-endpoint={nodes.endpoint}",
+            f"--rdzv-conf=is_host={int(nodes.rank == 0)},join_timeout={JOIN_TIMEOUT_S}",
+            "--rdzv-id=leanserve",
+            f"--local-addr={address_towards(nodes.host)}",
+        ]
     try:
-        torchrun(arguments)
+        torchrun([*arguments, "-m", "leanserve.launch.rank"])
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             print(f"leanserve: rank {rank} (pid {failure.pid}) {_ended(failure.exitcode)}", file=sys.stderr)
@@ -42,6 +58,15 @@ def main(num_ranks: int, front_end_pid: int) -> int:
     return 0
 
 
+class _FailedRanks(logging.Handler):
+    """Of all that torchrun has to say, which rank failed and how."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        match record.args:
+            case (int(exit_code), int(local_rank), int(pid), _) if "exitcode" in str(record.msg):
+                print(f"leanserve: local rank {local_rank} (pid {pid}) {_ended(exit_code)}", file=sys.stderr)
+
+
 def _ended(exit_code: int) -> str:
     if exit_code < 0:
         return f"was ended by {signal.Signals(-exit_code).name}"
@@ -49,4 +74,6 @@ def _ended(exit_code: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    when_gone(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    count, endpoint = int(sys.argv[3]), sys.argv[4] or None
+    sys.exit(run_agent(int(sys.argv[1]), Nodes(count=count, endpoint=endpoint)))

@@ -1,20 +1,33 @@
 """An engine as its owner sees it: a run directory, the ranks' process, and the client that talks to rank 0."""
 
 import asyncio
+import contextlib
+import os
 import shutil
+import signal
+import socket
 import tempfile
+import time
 from pathlib import Path
 
 from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.messages import EngineInfo
-from leanserve.launch.ranks_process import RanksProcess, engine_address
-from leanserve.server.engine_client import EngineClient
+from leanserve.launch.nodes import Nodes
+from leanserve.launch.own_address import address_towards
+from leanserve.launch.ranks_process import RanksProcess, engine_address, pulse_address
+from leanserve.server.engine_client import EngineClient, Recovery
 
-__all__ = ["EngineGroup", "make_run_dir"]
+__all__ = ["EngineGroup", "Recovery", "make_run_dir"]
 
 STOP_PATIENCE_S = 5.0
 """How long ranks may take to end by themselves once told."""
 POLL_S = 0.2
+STUCK_PATIENCE_S = 1.5
+"""Beyond the step timeout, for ranks to give up by themselves."""
+STACKS_S = 0.3
+"""For a rank to write its stacks before it is killed."""
+ARRIVAL_TIMEOUT_S = 120.0
+"""For a rank 0 to come, where all ranks are on this machine."""
 
 
 def make_run_dir() -> Path:
@@ -23,27 +36,48 @@ def make_run_dir() -> Path:
 
 
 class EngineGroup:
-    """Starts ranks, or waits for ranks that torchrun started; ends them and removes the run directory.
+    """Starts ranks, or waits for ranks that torchrun started; kills those that are stuck; ends all of them and removes
+    the run directory.
 
     Belongs to one event loop.
 
     Args:
         num_ranks: ranks to start here; None when they run already and will connect.
         run_dir: from `make_run_dir`; it goes when the group is closed.
+        recovery: what to do when a rank fails; None: the group fails with it.
+        pulse_host: this machine's address, where ranks on other machines take part.
     """
 
-    def __init__(self, config: EngineConfig, *, num_ranks: int | None, run_dir: Path) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        num_ranks: int | None,
+        run_dir: Path,
+        nodes: Nodes | None = None,
+        recovery: Recovery | None = None,
+        pulse_host: str | None = None,
+    ) -> None:
         self._num_ranks = num_ranks
         self._run_dir = run_dir
+        self._nodes = nodes or Nodes()
         self._ranks: RanksProcess | None = None
         self._watch: asyncio.Task[None] | None = None
-        self.client = EngineClient(engine_address(run_dir), config)
+        if self._nodes.count > 1:
+            pulse_host = address_towards(self._nodes.host)
+        self.client = EngineClient(
+            engine_address(run_dir),
+            config,
+            pulse_address=pulse_address(run_dir) if pulse_host is None else f"tcp://{pulse_host}:*",
+            step_timeout_s=config.step_timeout_s,
+            recovery=recovery,
+        )
 
     async def start(self) -> None:
         self.client.start()
         if self._num_ranks is not None:
-            self._ranks = RanksProcess(self._num_ranks, self._run_dir)
-            self._watch = asyncio.create_task(self._watch_ranks(self._ranks), name="ranks")
+            self._ranks = RanksProcess(self._num_ranks, self._run_dir, self._nodes)
+        self._watch = asyncio.create_task(self._watch_ranks(), name="ranks")
 
     async def wait_ready(self) -> EngineInfo:
         """Wait for the model to be loaded on every rank.
@@ -64,8 +98,30 @@ class EngineGroup:
         await self.client.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
-    async def _watch_ranks(self, ranks: RanksProcess) -> None:
-        while ranks.exit_code is None:
+    async def _watch_ranks(self) -> None:
+        while self.client.state != "failed":
             await asyncio.sleep(POLL_S)
-        if self.client.state != "failed":
-            self.client.fail(f"the ranks have ended (exit code {ranks.exit_code})")
+            if self._ranks is not None and self._ranks.exit_code is not None:
+                self.client.fail(f"the ranks have ended (exit code {self._ranks.exit_code})")
+            elif self._nodes.count == 1 and self.client.vacant_s > ARRIVAL_TIMEOUT_S:
+                self.client.fail(f"no rank 0 has come within {ARRIVAL_TIMEOUT_S:.0f} s")
+            else:
+                await self._end_stuck_ranks()
+
+    async def _end_stuck_ranks(self) -> None:
+        """Kill ranks of this machine that had their time, and did not end by themselves: a single rank that is stopped
+        has no neighbour to do it."""
+        health = self.client.health
+        stuck = {
+            rank: (what, health.ranks[rank].pulse)
+            for rank, what in health.troubled(time.monotonic(), patience_s=STUCK_PATIENCE_S).items()
+        }
+        local_pids = [pulse.pid for _, pulse in stuck.values() if pulse.host == socket.gethostname()]
+        for number in (signal.SIGUSR1, signal.SIGKILL):
+            for pid in local_pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            if local_pids:
+                await asyncio.sleep(STACKS_S)
+        if stuck:
+            self.client.lose("; ".join(what for what, _ in stuck.values()))

@@ -5,9 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,25 +21,21 @@ from leanserve.launch.access import AccessOptions, is_loopback
 from leanserve.launch.capacity import describe_cache, describe_context
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.lifeline import when_gone
+from leanserve.launch.nodes import Nodes
 from leanserve.launch.options import LaunchOptions
 from leanserve.launch.ranks_process import RUN_DIR_VARIABLE
+from leanserve.launch.under_torchrun import AGENT_PID_VARIABLE, PULSE_HOST_VARIABLE
 from leanserve.model.architecture import read_architecture
 from leanserve.server.app import create_app
 from leanserve.server.chat_template import ChatTemplate
-from leanserve.server.engine_client import EngineClient
+from leanserve.server.engine_client import EngineClient, Recovery
 from leanserve.server.http_server import bind_socket, serve_http
 from leanserve.server.logs import open_access_log
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.server.tool_calls import ToolFormat
 
-__all__ = ["ServeOptions", "serve_under_torchrun", "serve_until_stopped", "show_loading", "started_by_torchrun"]
-
-AGENT_PID_VARIABLE = "LEANSERVE_AGENT_PID"
-"""Set for a front end that rank 0 of a user's own torchrun started: the agent whose life it shares."""
-
-GRACE_S = 2.0
-"""After Ctrl-C or SIGTERM, how long live requests may go on before they end with an error."""
+__all__ = ["ServeOptions", "serve_until_stopped", "show_loading"]
 
 BUNDLED_NAME = "leanserve-bundled"
 
@@ -61,11 +54,17 @@ class ServeOptions:
     max_live_requests: int = 4096
     max_live_prompt_tokens: int = 1 << 26
     max_body_bytes: int = 16 << 20
+    queue_timeout_s: float | None = None
+    request_timeout_s: float | None = None
     access_log: str | None = None
     """A file, or - for standard error."""
     metrics_compat: bool = False
     tool_format: ToolFormat | None = None
     """None: as the chat template says."""
+    nodes: Nodes = field(default_factory=Nodes)
+    recovery: Recovery = field(default_factory=lambda: Recovery(max_restarts=5))
+    drain_timeout_s: float = 30.0
+    """After Ctrl-C or SIGTERM, how long live requests may go on before they end with an error."""
 
     def __post_init__(self) -> None:
         if not (self.insecure or self.access.has_keys or is_loopback(self.host)):
@@ -81,6 +80,8 @@ class ServeOptions:
             max_body_bytes=self.max_body_bytes,
             max_live_requests=self.max_live_requests,
             max_live_prompt_tokens=self.max_live_prompt_tokens,
+            queue_timeout_s=self.queue_timeout_s,
+            request_timeout_s=self.request_timeout_s,
             key_digests=self.access.digests(),
             max_requests_per_key=self.access.max_requests_per_key,
             cors_origins=self.access.cors_origins,
@@ -93,39 +94,14 @@ class ServeOptions:
         return self.served_model_name or self.launch.model or BUNDLED_NAME
 
 
-def started_by_torchrun() -> bool:
-    """This process is a rank of a user's own torchrun."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
-
-
-def serve_under_torchrun(arguments: list[str]) -> int:
-    """Be one rank; rank 0 also starts the front end, with the same command line, in a session of its own."""
-    from leanserve.launch.rank import run_rank
-
-    def start_front_end() -> Path:
-        run_dir = make_run_dir()
-        from_torchrun = ("TORCHELASTIC_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(from_torchrun)}
-        environment |= {RUN_DIR_VARIABLE: str(run_dir), AGENT_PID_VARIABLE: str(os.getppid())}
-        front_end = subprocess.Popen(
-            [sys.executable, "-m", "leanserve", *arguments],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        # A front end that cannot start has said why; the rank goes with it, and torchrun ends the others.
-        threading.Thread(target=lambda: os._exit(front_end.wait()), name="front end", daemon=True).start()
-        return run_dir
-
-    return run_rank(start_front_end)
-
-
 def serve_until_stopped(options: ServeOptions) -> int:
     """Serve until a signal or a failure. Returns the process's exit code.
 
     Raises:
         ConfigError, ModelError: before anything was started.
     """
+    if options.nodes.rank > 0:
+        return _run_ranks_only(options)
     console = Console(stderr=True, highlight=False)
     settings = options.server_settings()
     if options.access_log is not None:
@@ -149,19 +125,46 @@ def serve_until_stopped(options: ServeOptions) -> int:
         console.print(f"Note: {escape(note)}")
     if unused_gpu is not None:
         console.print(f"No GPU is used: {unused_gpu}")
-    group = EngineGroup(config, num_ranks=num_ranks, run_dir=run_dir)
+    group = EngineGroup(
+        config,
+        num_ranks=num_ranks,
+        run_dir=run_dir,
+        nodes=options.nodes,
+        recovery=options.recovery,
+        pulse_host=os.environ.get(PULSE_HOST_VARIABLE),
+    )
     app = create_app(group.client, tokenizer, settings, chat_template)
-    return asyncio.run(_serve(group, app, listener, options.host, console, has_text=tokenizer is not None))
+    return asyncio.run(_serve(group, app, listener, options, console, has_text=tokenizer is not None))
+
+
+def _run_ranks_only(options: ServeOptions) -> int:
+    """On a machine without front end: this process is torchrun's agent."""
+    from leanserve.launch.agent import run_agent
+
+    num_ranks, _ = options.launch.count_ranks()
+    return run_agent(num_ranks, options.nodes)
 
 
 async def _serve(
-    group: EngineGroup, app: FastAPI, listener: socket.socket, host: str, console: Console, *, has_text: bool
+    group: EngineGroup,
+    app: FastAPI,
+    listener: socket.socket,
+    options: ServeOptions,
+    console: Console,
+    *,
+    has_text: bool,
 ) -> int:
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    http = asyncio.create_task(serve_http(app, listener, stop=stop, grace_s=GRACE_S), name="http")
+        loop.add_signal_handler(number, on_signal)
+    http = asyncio.create_task(
+        serve_http(app, listener, stop=stop, hurry=hurry, grace_s=options.drain_timeout_s), name="http"
+    )
     exit_code = 0
     try:
         await group.start()
@@ -169,7 +172,7 @@ async def _serve(
         await asyncio.wait({ready, http}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
             example = EXAMPLE_PROMPT if has_text else [1, 2, 3]
-            _print_banner(console, ready.result(), _url(listener, host), example)
+            _print_banner(console, ready.result(), _url(listener, options.host), example)
             failed = asyncio.create_task(group.client.wait_failed(), name="engine failure")
             await asyncio.wait({failed, http}, return_when=asyncio.FIRST_COMPLETED)
             if failed.done() and not stop.is_set():

@@ -1,11 +1,11 @@
 """From a checkpoint and options to a rank that can execute steps."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo  # custom operators import it in their first call, and a step would pay seconds for it
 import torch.distributed as dist
 from llguidance import LLTokenizer
 
@@ -18,6 +18,7 @@ from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import EngineInfo
 from leanserve.distributed.ranks import Ranks
 from leanserve.grammars.grammar import make_grammar_tokenizer
+from leanserve.launch.place import Place
 from leanserve.model.activations import activation_bytes
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
@@ -29,28 +30,7 @@ from leanserve.worker.graphs import CudaCapture, supports_graphs
 from leanserve.worker.memory import kv_budget_bytes, memory_per_rank, num_pages
 from leanserve.worker.runner import Runner
 
-__all__ = ["LoadedRank", "Place", "load_rank"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process among the ranks, as torchrun tells it."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    agent_pid: int
-
-    @classmethod
-    def from_environment(cls) -> "Place":
-        return cls(
-            rank=int(os.environ["RANK"]),
-            size=int(os.environ["WORLD_SIZE"]),
-            local_rank=int(os.environ["LOCAL_RANK"]),
-            local_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-            agent_pid=os.getppid(),
-        )
+__all__ = ["LoadedRank", "load_rank"]
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ class LaunchOptions:
     max_sequences: int = 256
     long_prefill_tokens: int | None = None
     """Longer prompts give way to shorter ones; None: half of max_batch_tokens."""
+    step_timeout_s: float = 120.0
+    """A rank whose step takes longer, or that is silent for so long, is taken for dead."""
 
     def __post_init__(self) -> None:
         if self.ranks is not None and not 1 <= self.ranks <= 1024:
@@ -94,4 +96,5 @@ class LaunchOptions:
                 max_sequences=self.max_sequences,
                 long_prefill_tokens=self.long_prefill_tokens,
             ),
+            step_timeout_s=self.step_timeout_s,
         )

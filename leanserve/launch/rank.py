@@ -1,24 +1,28 @@
 """One rank's process, from its environment to its last step. Rank 0 also runs the engine.
 
-torchrun runs `python -m leanserve.launch.rank`; under a user's own torchrun, `leanserve serve` comes here too.
+torchrun runs `python -m leanserve.launch.rank`; under a user's own torchrun, `leanserve serve` comes here too. A rank
+lives for one attempt: when any of them fails, torchrun ends them all and starts all again, and the front end, which
+outlives them, configures the next rank 0.
 """
 
 import os
 import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
 
-import msgspec
 import torch
 import torch.distributed as dist
 import zmq
 
-from leanserve.contracts.batch import Batch, StepResult, Stop
+from leanserve.contracts.batch import Batch, IdleCheck, StepResult, Stop
 from leanserve.contracts.config import EngineConfig
-from leanserve.contracts.errors import EngineError, LeanServeError
+from leanserve.contracts.errors import ConfigError, EngineError, LeanServeError, ModelError
 from leanserve.contracts.messages import (
     Configure,
     EngineFailed,
@@ -34,56 +38,87 @@ from leanserve.engine.engine import Engine
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.service import serve
 from leanserve.launch.lifeline import when_gone
-from leanserve.launch.loading import LoadedRank, Place, load_rank
+from leanserve.launch.loading import LoadedRank, load_rank
+from leanserve.launch.meeting import Orders, compare_cards, convene, exchange_cards, join
+from leanserve.launch.own_address import address_towards, interface_of
+from leanserve.launch.place import Place
 from leanserve.launch.ranks_process import RUN_DIR_VARIABLE, engine_address
+from leanserve.launch.step_watch import StepWatch, dump_stacks_when_asked
+from leanserve.launch.termination import Termination
 from leanserve.launch.threads import default_threads, user_set_threads
 
 __all__ = ["follow", "main", "make_engine", "run_rank"]
 
 CONFIGURE_TIMEOUT_S = 1800.0
 """A front end may first download a model."""
+LOOPBACK = "127.0.0.1"
 
 
-class Orders(msgspec.Struct, frozen=True):
-    """What rank 0 passes on to the others through torchrun's store."""
+@dataclass(frozen=True)
+class _Member:
+    """What a rank process has before it knows its orders."""
 
-    config: EngineConfig
-    run_dir: str
-    front_end_pid: int
+    place: Place
+    host: str
+    """This machine's address, as the others reach it."""
+    agent_store: dist.Store
+    context: "zmq.Context[zmq.Socket[bytes]]"
+    termination: Termination | None
+    """Under a user's own torchrun."""
 
 
 def _die() -> None:
     os._exit(1)
 
 
-def run_rank(start_front_end: Callable[[], Path] | None = None) -> int:
+def run_rank(attach_front_end: Callable[[dist.Store], Path] | None = None) -> int:
     """Serve as one rank until told to stop. Returns the process's exit code.
 
     Args:
-        start_front_end: called on rank 0 where no front end started this group; returns the run directory.
+        attach_front_end: called with the agent's store on rank 0 where no front end started this group: finds the one
+            of an earlier attempt or starts one, and returns the run directory.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
+    dump_stacks_when_asked()
     place = Place.from_environment()
     when_gone(place.agent_pid, _die)
     if not user_set_threads(place.agent_pid):
         torch.set_num_threads(default_threads(place.local_size))
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
+    agent_host = os.environ["MASTER_ADDR"]
+    agent_store = dist.TCPStore(
+        agent_host,
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         timeout=timedelta(seconds=CONFIGURE_TIMEOUT_S),
     )
+    host = LOOPBACK if place.local_size == place.size else address_towards(agent_host)
+    interface = interface_of(host)
+    if interface is not None:  # else torch looks up the machine's name, which may lead anywhere
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     with zmq.Context() as context:
-        if place.rank == 0:
-            run_dir = Path(os.environ[RUN_DIR_VARIABLE]) if start_front_end is None else start_front_end()
-            return _run_rank_0(place, store, context, run_dir)
-        orders = msgspec.json.decode(store.get("leanserve/orders"), type=Orders)
-        when_gone(orders.front_end_pid, _die)
-        return _run_other_rank(place, store, context, orders)
+        termination = None if attach_front_end is None else Termination()
+        member = _Member(place, host, agent_store, context, termination)
+        try:
+            if place.rank == 0:
+                _run_rank_0(member, _run_dir() if attach_front_end is None else attach_front_end(agent_store))
+            else:
+                _run_other_rank(member)
+        except LeanServeError as error:
+            print(f"leanserve: rank {place.rank}: {error}", file=sys.stderr)
+            return 1
+        except Exception as error:  # most often a collective that broke: the rank that broke it says more
+            stack = "".join(traceback.format_tb(error.__traceback__, limit=-4))
+            print(f"leanserve: rank {place.rank}: {type(error).__name__}: {error}\n{stack}", file=sys.stderr)
+            return 1
+    return 0
 
 
-def _run_rank_0(place: Place, store: dist.Store, context: zmq.Context, run_dir: Path) -> int:
-    socket = context.socket(zmq.DEALER)
+def _run_dir() -> Path:
+    return Path(os.environ[RUN_DIR_VARIABLE])
+
+
+def _run_rank_0(member: _Member, run_dir: Path) -> None:
+    socket = member.context.socket(zmq.DEALER)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 2000)
@@ -94,65 +129,141 @@ def _run_rank_0(place: Place, store: dist.Store, context: zmq.Context, run_dir: 
 
     try:
         configure = _wait_for_configuration(socket)
-        when_gone(configure.front_end_pid, _die)
-        orders = Orders(configure.config, str(run_dir), configure.front_end_pid)
-        store.set("leanserve/orders", msgspec.json.encode(orders).decode())
-        loaded = load_rank(
-            place,
-            store,
-            configure.config,
-            lambda done, total: tell(Loading("weights", done, total)),
-            lambda done, total: tell(Loading("CUDA graphs", done, total)),
+        orders = Orders(
+            config=configure.config,
+            host=member.place.host,
+            run_dir=str(run_dir),
+            front_end_pid=configure.front_end_pid,
+            pulse_address=configure.pulse_address,
         )
+        store = convene(member.agent_store, member.host, orders, CONFIGURE_TIMEOUT_S)
+        with _watched(member, store, orders) as watch:
+            _serve_engine(member, store, orders, watch, socket, tell)
     except LeanServeError as error:
-        tell(EngineFailed(str(error)))
-        socket.close()
-        return 1
-    except Exception as error:
-        tell(EngineFailed(f"rank 0 could not load: {type(error).__name__}: {error}"))
-        socket.close()
+        tell(EngineFailed(str(error), is_final=isinstance(error, ConfigError | ModelError)))
         raise
-    sender = StepSender(context, run_dir, place.size)
-    engine = make_engine(loaded, configure.config, sender)
+    except Exception as error:
+        tell(EngineFailed(f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        socket.close()
+
+
+def _serve_engine(
+    member: _Member,
+    store: dist.Store,
+    orders: Orders,
+    watch: StepWatch,
+    socket: "zmq.Socket[bytes]",
+    tell: Callable[[FromEngine], None],
+) -> None:
+    place = member.place
+    loaded = load_rank(
+        place,
+        store,
+        orders.config,
+        lambda done, total: tell(Loading("weights", done, total)),
+        lambda done, total: tell(Loading("CUDA graphs", done, total)),
+    )
+    is_spread = place.local_size < place.size
+    sender = StepSender(member.context, Path(orders.run_dir), place.size, host=member.host if is_spread else None)
+    for rank, address in enumerate(sender.addresses, 1):
+        store.set(_steps_key(rank), address)
+    engine = make_engine(loaded, orders.config, sender, watch)
+
+    def check_ranks() -> None:
+        sender.send(IdleCheck())
+        watch.begin()
+        loaded.runner.compare_pasts()
+        watch.end()
+
+    check_ranks()  # everybody is loaded and hears rank 0
     tell(EngineReady(loaded.info))
     try:
-        serve(engine, socket, Event())
+        serve(engine, socket, Event(), when_idle=check_ranks)
         sender.send(Stop())
         loaded.ranks.leave()
     finally:
         sender.close()
-        socket.close()
-    return 0
 
 
-def make_engine(loaded: LoadedRank, config: EngineConfig, sender: StepSender) -> Engine:
+def make_engine(loaded: LoadedRank, config: EngineConfig, sender: StepSender, watch: StepWatch | None = None) -> Engine:
     """The engine of rank 0: every step goes out to the other ranks before it is computed here."""
 
     def execute(batch: Batch) -> StepResult:
         sender.send(batch)
-        return loaded.runner.execute(batch)
+        if watch is None:
+            return loaded.runner.execute(batch)
+        watch.begin()
+        result = loaded.runner.execute(batch)
+        watch.end(batch.step)
+        return result
 
     info = loaded.info
     scheduler = Scheduler(loaded.sharding, config.batch, info.max_context_tokens, prefix_cache=info.prefix_cache)
     return Engine(scheduler, execute, info.eos_token_ids)
 
 
-def _run_other_rank(place: Place, store: dist.Store, context: zmq.Context, orders: Orders) -> int:
-    try:
+def _run_other_rank(member: _Member) -> None:
+    place = member.place
+    store, orders = join(member.agent_store, CONFIGURE_TIMEOUT_S)
+    with _watched(member, store, orders) as watch:
         loaded = load_rank(place, store, orders.config, lambda done, total: None)
-        follow(loaded, StepReceiver(context, Path(orders.run_dir), place.rank))
+        address = store.get(_steps_key(place.rank)).decode()
+        follow(loaded, StepReceiver(member.context, Path(orders.run_dir), place.rank, address=address), watch)
         loaded.ranks.leave()
-    except LeanServeError as error:
-        print(f"leanserve: rank {place.rank}: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
-def follow(loaded: LoadedRank, receiver: StepReceiver) -> None:
+def follow(loaded: LoadedRank, receiver: StepReceiver, watch: StepWatch | None = None) -> None:
     """Execute what rank 0 says until it says stop."""
-    while isinstance(message := receiver.receive(), Batch):
-        loaded.runner.execute(message)
-    receiver.close()
+    try:
+        while not isinstance(message := receiver.receive(), Stop):
+            if watch is not None:
+                watch.begin()
+            if isinstance(message, Batch):
+                loaded.runner.execute(message)
+            else:
+                loaded.runner.compare_pasts()
+            if watch is not None:
+                watch.end(message.step if isinstance(message, Batch) else None)
+    finally:
+        receiver.close()
+
+
+@contextmanager
+def _watched(member: _Member, store: dist.Store, orders: Orders) -> Iterator[StepWatch]:
+    """Meet the other ranks, and have them and this one watched; whatever goes wrong inside, the front end hears of."""
+    place = member.place
+    if place.host == orders.host:  # elsewhere, a pid means nothing
+        when_gone(orders.front_end_pid, _die)
+    cards = exchange_cards(store, place, Path(orders.config.model_dir))
+    watch = StepWatch(
+        member.context,
+        place.rank,
+        cards,
+        pulse_address=orders.pulse_address,
+        step_timeout_s=orders.config.step_timeout_s,
+        stacks_claim=Path(orders.run_dir) / f"stacks-{cards[0].pid}",
+    )
+    watch.start()
+    if member.termination is not None:
+        drain = (lambda: os.kill(orders.front_end_pid, signal.SIGTERM)) if place.rank == 0 else (lambda: None)
+        member.termination.may_drain(lambda: not watch.lost_neighbours(), drain)
+    try:
+        compare_cards(cards)
+        yield watch
+    except LeanServeError as error:
+        watch.close(str(error), is_final=isinstance(error, ConfigError | ModelError))
+        raise
+    except Exception as error:
+        watch.close(f"{type(error).__name__}: {error}")
+        raise
+    else:
+        watch.close()
+
+
+def _steps_key(rank: int) -> str:
+    return f"leanserve/steps/{rank}"
 
 
 def _wait_for_configuration(socket: "zmq.Socket[bytes]") -> Configure:

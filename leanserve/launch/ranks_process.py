@@ -10,9 +10,10 @@ import msgspec
 
 from leanserve.contracts.config import Device
 from leanserve.contracts.errors import ConfigError
+from leanserve.launch.nodes import Nodes
 from leanserve.launch.threads import default_threads
 
-__all__ = ["RUN_DIR_VARIABLE", "RanksProcess", "count_gpus", "engine_address"]
+__all__ = ["RUN_DIR_VARIABLE", "RanksProcess", "count_gpus", "engine_address", "pulse_address"]
 
 RUN_DIR_VARIABLE = "LEANSERVE_RUN_DIR"
 """Where the sockets of one server lie; readable by its user alone."""
@@ -23,17 +24,25 @@ def engine_address(run_dir: Path) -> str:
     return f"ipc://{run_dir}/engine"
 
 
+def pulse_address(run_dir: Path) -> str:
+    """The socket where every rank of this machine tells the front end of itself."""
+    return f"ipc://{run_dir}/pulse"
+
+
 class RanksProcess:
     """Starts `num_ranks` ranks on this machine, and ends them."""
 
-    def __init__(self, num_ranks: int, run_dir: Path) -> None:
+    def __init__(self, num_ranks: int, run_dir: Path, nodes: Nodes | None = None) -> None:
+        nodes = nodes or Nodes()
         environment = os.environ | {RUN_DIR_VARIABLE: str(run_dir)}
         if "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(default_threads(num_ranks))
-        # Ranks of one machine talk over loopback: no other interface is opened, and no host name is looked up.
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        if nodes.count == 1:
+            # Ranks of one machine talk over loopback: no other interface is opened, and no host name is looked up.
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        arguments = (num_ranks, os.getpid(), nodes.count, nodes.endpoint or "")
         self._agent = subprocess.Popen(
-            [sys.executable, "-m", "leanserve.launch.agent", str(num_ranks), str(os.getpid())],
+            [sys.executable, "-m", "leanserve.launch.agent", *map(str, arguments)],
             env=environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches the front end alone, which ends the ranks in order

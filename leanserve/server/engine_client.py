@@ -1,23 +1,21 @@
-"""The front end's end of the socket to the engine on rank 0.
+"""The engine as the front end sees it: requests in, outputs to their streams; one engine may follow another.
 
-Knows requests as token ids, and the engine as the messages it sends; knows nothing of HTTP or of text. The front end
-binds, the engine connects, so that a later engine may take the place of one that died.
+Knows requests as token ids, and the engine as the messages it sends; knows nothing of HTTP or of text. When an engine
+dies, live requests wait for the next one and go on where they were.
 """
 
 import asyncio
 import logging
 import os
+import secrets
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 from uuid import uuid4
 
 import msgspec
-import zmq
-import zmq.asyncio
-from zmq.utils.monitor import recv_monitor_message
 
 from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.errors import EngineError, OverloadedError
@@ -28,30 +26,30 @@ from leanserve.contracts.messages import (
     EngineInfo,
     EngineReady,
     FromEngine,
+    FromRank,
     Hello,
     Loading,
     PrefillProgress,
+    Pulse,
     Shutdown,
-    Submit,
-    ToEngine,
     TokenOutput,
     TokenOutputs,
-    decode_from_engine,
-    encode,
 )
 from leanserve.contracts.sampling import FinishReason, SamplingParams
+from leanserve.server.engine_socket import EngineSocket
+from leanserve.server.live_requests import TOKEN_ID_BYTES, LiveRequest, LiveRequests
 from leanserve.server.output_stream import OutputStream
-from leanserve.server.statistics import RequestStatistics, RequestTimes
+from leanserve.server.rank_health import RankHealth
+from leanserve.server.restart_budget import WINDOW_S, RestartBudget
+from leanserve.server.statistics import RequestStatistics
 
-__all__ = ["EngineClient", "EngineLoad", "EngineState", "LiveRequest", "token_bytes"]
+__all__ = ["EngineClient", "EngineLoad", "EngineState", "Recovery", "token_bytes"]
 
-EngineState = Literal["loading", "ready", "failed"]
+EngineState = Literal["loading", "ready", "restarting", "failed"]
+"""restarting: an engine has failed, and another one is to take its place. failed: none is."""
 
 _LAST_WORDS_S = 0.1
 """After the engine's connection closes, time for messages that it sent before to arrive."""
-
-_FAREWELL_MS = 200
-"""Longest wait, when closing, for the last messages (a Shutdown) to leave."""
 
 logger = logging.getLogger("leanserve.server")
 
@@ -75,17 +73,14 @@ class EngineLoad:
     prefix_hit_tokens: int = 0
 
 
-@dataclass(eq=False)
-class LiveRequest:
-    """A request that the engine works on. It holds all that another engine would need to go on with it."""
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What to do when the engine dies."""
 
-    request_id: str
-    prompt_token_ids: bytes
-    sampling: SamplingParams
-    stream: OutputStream
-    output_token_ids: "array[int]"
-    """Every token received so far."""
-    times: RequestTimes
+    max_restarts: int = 0
+    """Within ten minutes; one more failure is final."""
+    resume: bool = True
+    """Live requests go on at the next engine; otherwise they end with an error at once."""
 
 
 class EngineClient:
@@ -95,10 +90,22 @@ class EngineClient:
         address: where to bind, `ipc://...`.
         config: given to an engine that asks for it with Hello, which every rank process does first.
         max_queued_tokens: tokens that may wait unread in one stream before its requests are stopped.
+        pulse_address: where to bind for what every rank says of itself; needed with `config`.
+        step_timeout_s: how long a step, or a rank's silence, may last before `trouble` tells of it.
     """
 
-    def __init__(self, address: str, config: EngineConfig | None = None, *, max_queued_tokens: int = 1024) -> None:
+    def __init__(
+        self,
+        address: str,
+        config: EngineConfig | None = None,
+        *,
+        max_queued_tokens: int = 1024,
+        pulse_address: str | None = None,
+        step_timeout_s: float = 120.0,
+        recovery: Recovery | None = None,
+    ) -> None:
         self.address = address
+        self._socket = EngineSocket(address, pulse_address, self)
         self._config = config
         self.state: EngineState = "loading"
         self.info: EngineInfo | None = None
@@ -109,41 +116,33 @@ class EngineClient:
         """Why the engine failed, while it has."""
         self.load = EngineLoad()
         self.statistics = RequestStatistics()
+        self.health = RankHealth(step_timeout_s)
+        self.live = LiveRequests()
+        self.attempt = 0
+        """Counts the engines that have come."""
+        self._recovery = recovery or Recovery()
+        self._budget = RestartBudget(self._recovery.max_restarts)
+        self._configure_at = 0.0
+        self._is_attached = False
+        self._vacant_since = time.monotonic()
         self._max_queued_tokens = max_queued_tokens
-        self._live: dict[str, LiveRequest] = {}
+        self._last_words: str | None = None
         self._heard_at = time.monotonic()
-        self._connections: set[int] = set()
         self._settled = asyncio.Event()
         self._failed = asyncio.Event()
         self._is_ending = False
-        self._context: zmq.asyncio.Context | None = None
-        self._socket: zmq.asyncio.Socket | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._configuring: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Bind and begin to listen; call inside the event loop."""
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set_hwm(0)
-        self._socket.linger = 0
-        monitor = self._socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
-        self._socket.bind(self.address)
-        self._tasks = [
-            asyncio.create_task(self._receive(self._socket), name="engine outputs"),
-            asyncio.create_task(self._watch_connection(monitor), name="engine connection"),
-        ]
+        self._socket.start()
 
     async def close(self) -> None:
-        """End every live request with an error and let go of the socket. The engine itself is not told."""
+        """End every live request with an error and let go of the sockets. The engine itself is not told."""
         self.fail("the front end is shutting down")
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
-        if self._socket is not None and self._context is not None:
-            self._socket.disable_monitor()
-            self._context.destroy(linger=_FAREWELL_MS)
-            self._socket = self._context = None
+        if self._configuring is not None:
+            self._configuring.cancel()
+        await self._socket.close()
 
     async def wait_ready(self) -> EngineInfo:
         """Wait until the engine is ready.
@@ -168,14 +167,14 @@ class EngineClient:
         *,
         request_id: str | None = None,
         on_progress: Callable[[PrefillProgress], None] | None = None,
-    ) -> AsyncIterator[TokenOutput]:
+    ) -> AsyncGenerator[TokenOutput]:
         """Outputs of one request until its finish_reason is set. Close the generator (`aclose`) to stop it early.
 
         Stop strings are not looked for here: see `TextStream`. `on_progress` is called after each step that computed a
         part of the prompt, but not its end.
 
         Raises:
-            OverloadedError: the engine is still loading.
+            OverloadedError: the engine is still loading, or being started again.
             EngineError: the engine failed, before or during the request.
         """
         stream = self.open_stream()
@@ -199,102 +198,211 @@ class EngineClient:
     @property
     def live_requests(self) -> int:
         """Requests submitted and not yet ended."""
-        return len(self._live)
+        return len(self.live)
 
     @property
     def live_prompt_tokens(self) -> int:
         """Tokens in their prompts."""
-        return sum(request.times.prompt_tokens for request in self._live.values())
+        return self.live.prompt_tokens
 
     @property
     def silent_s(self) -> float:
         """How long the engine has owed us something and sent nothing; 0 when it owes nothing."""
-        return time.monotonic() - self._heard_at if self._live else 0.0
+        return time.monotonic() - self._heard_at if self.live else 0.0
+
+    @property
+    def vacant_s(self) -> float:
+        """How long no engine has been here."""
+        return 0.0 if self._is_attached else time.monotonic() - self._vacant_since
+
+    def trouble(self) -> str | None:
+        """What keeps the engine from making progress: a rank that is stuck or silent, or work without a step."""
+        troubled = self.health.troubled(time.monotonic())
+        if troubled:
+            return "; ".join(troubled.values())
+        if self.silent_s > self.health.step_timeout_s:
+            return f"the engine has made no progress for {self.silent_s:.0f} s"
+        return None
 
     def fail(self, message: str) -> None:
-        """The engine is gone, says whoever watches its process: ends every live request with an EngineError."""
+        """The engine is gone for good: ends every live request with an EngineError."""
         if self.state != "failed":
             self.state, self.failure = "failed", message
-        self._end(list(self._live.values()), message)
+        self._end_live(message)
         self._settled.set()
         self._failed.set()
 
+    def lose(self, message: str) -> None:
+        """The engine is gone, say its last message, its connection, or whoever watches its process.
+
+        Another one may come: live requests wait for it. Nothing happens while none is here.
+        """
+        if not self._is_attached or self.state == "failed":
+            return
+        self._is_attached = False
+        message, self._last_words = self._last_words or message, None
+        if gone := self.health.gone():
+            message = f"{', '.join(gone)} gone; {message}"
+        self.health.forget()
+        now = time.monotonic()
+        delay_s = None if self._is_ending else self._budget.spend(now)
+        if delay_s is None:
+            allowed = self._budget.max_restarts
+            if allowed and not self._is_ending:
+                times = f"{allowed + 1} times within {WINDOW_S / 60:.0f} minutes"
+                message += f"; it failed {times}, and --max-restarts is {allowed}"
+            self.fail(message)
+            return
+        self.state, self.failure, self.loading = "restarting", message, None
+        self._configure_at = now + delay_s
+        self._heard_at = self._vacant_since = now
+        culprit = self.live.engine_lost()
+        if culprit is not None:
+            logger.error("request %s was alone on probation when the engine died", culprit.request_id)
+            culprit.stream.fail(
+                EngineError("the engine died twice while it worked on this request; it is not tried again")
+            )
+        if not self._recovery.resume:
+            self._end_live(message)
+        logger.error(
+            "the engine failed: %s; %d live requests wait for restart %d of %d, in %.0f s",
+            _first_line(message),
+            len(self.live),
+            self._budget.used,
+            self._budget.max_restarts,
+            delay_s,
+        )
+
     def end_all(self, message: str) -> None:
         """End every live request with an EngineError and tell the engine to stop them."""
-        for stream in {request.stream for request in self._live.values()}:
+        for stream in {request.stream for request in self.live}:
             stream.fail(EngineError(message))
 
     def shut_down_engine(self) -> None:
         """Ask the engine to end every rank; nothing happens when none is connected."""
         self._is_ending = True
-        self._send(Shutdown())
+        self._socket.send(Shutdown())
 
     def check_ready(self) -> None:
-        """Raises: OverloadedError while the engine loads, EngineError when it is gone."""
-        if self.state == "loading":
+        """Raises: OverloadedError while the engine loads or restarts, EngineError when it is gone."""
+        if self.state in ("loading", "restarting"):
             progress = f" ({self.loading.stage}, {self.loading.done} of {self.loading.total})" if self.loading else ""
-            raise OverloadedError(f"the model is still loading{progress}; try again soon", retry_after_s=2)
+            what = "the model is still loading" if self.state == "loading" else "the engine is being restarted"
+            raise OverloadedError(f"{what}{progress}; try again soon", retry_after_s=2)
         if self.state == "failed":
             raise EngineError(f"the engine is not running: {_first_line(self.failure)}")
 
     def _submit(self, stream: OutputStream, request_id: str, prompt_token_ids: bytes, sampling: SamplingParams) -> None:
         self.check_ready()
-        assert request_id not in self._live, "request ids are ours and unique"
-        if not self._send(Submit(request_id, prompt_token_ids, sampling)):
-            raise EngineError("the engine is not connected")
-        if not self._live:
+        if sampling.seed is None and not sampling.is_greedy:
+            sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
+        if not self.live:
             self._heard_at = time.monotonic()
-        times = self.statistics.submitted(stream.arrived_at, len(prompt_token_ids) // 4)
-        self._live[request_id] = LiveRequest(request_id, prompt_token_ids, sampling, stream, array("i"), times)
+        times = self.statistics.submitted(stream.arrived_at, len(prompt_token_ids) // TOKEN_ID_BYTES)
+        submit = self.live.add(LiveRequest(request_id, prompt_token_ids, sampling, stream, times))
+        if submit is not None and not self._socket.send(submit):
+            self.live.remove(request_id)
+            raise EngineError("the engine is not connected")
 
     def _abort(self, request_id: str, reason: FinishReason) -> None:
-        request = self._live.pop(request_id, None)
-        if request is not None:
-            self.statistics.ended(request.times, reason)
-            self._send(Abort(request_id))
+        request = self.live.get(request_id)
+        if request is None:
+            return
+        self.statistics.ended(request.times, reason)
+        wire_id = self.live.remove(request_id)
+        if wire_id is not None:
+            self._socket.send(Abort(wire_id))
+            self._resume()
 
-    def _end(self, requests: list[LiveRequest], message: str) -> None:
-        ended = [request for request in requests if self._live.pop(request.request_id, None) is not None]
-        for request in ended:
+    def _resume(self) -> None:
+        """Give the engine what it may have of the requests that outlived another."""
+        if self.state == "ready":
+            for submit in self.live.to_resume():
+                self._socket.send(submit)
+
+    def _end_live(self, message: str) -> None:
+        requests = list(self.live)
+        for request in requests:
             self.statistics.ended(request.times, "error")
-        for stream in {request.stream for request in ended}:
+            self.live.remove(request.request_id)
+        for stream in {request.stream for request in requests}:
             stream.fail(EngineError(f"the engine stopped: {_first_line(message)}"))
 
-    def _send(self, message: ToEngine) -> bool:
-        """Send without waiting; False when no engine is connected."""
-        if self._socket is None:
-            return False
-        # Without a high-water mark a send never waits for room, so the future is done when it returns.
-        sent = cast("asyncio.Future[Any]", self._socket.send(encode(message), zmq.DONTWAIT))
-        assert sent.done()
-        return sent.exception() is None
-
-    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            frame = await socket.recv()
-            self._heard_at = time.monotonic()
-            try:
-                message: FromEngine = decode_from_engine(frame)
-            except msgspec.MsgspecError:
-                logger.error("a message of %d bytes from the engine cannot be read", len(frame))
-                self.fail("it sent a message that cannot be read")
-                continue
-            match message:
-                case TokenOutputs():
-                    self._deliver(message)
-                case Hello():
-                    if self._config is not None:
-                        self._send(Configure(self._config, os.getpid()))
-                case Loading():
-                    self.state, self.loading, self.failure = "loading", message, None
-                    self._settled.clear()
-                    self._failed.clear()
-                case EngineReady():
-                    self.state, self.info, self.loading, self.failure = "ready", message.info, None, None
-                    self._settled.set()
-                case EngineFailed():
+    def on_engine(self, message: FromEngine) -> None:
+        self._heard_at = time.monotonic()
+        match message:
+            case TokenOutputs():
+                self._deliver(message)
+            case Hello():
+                self._welcome()
+            case Loading():
+                self._attach()
+                self.loading = message
+            case EngineReady():
+                self._attach()
+                if self.state == "restarting":
+                    logger.warning("the engine is back; %d live requests go on", len(self.live))
+                self.state, self.info, self.loading, self.failure = "ready", message.info, None, None
+                self._budget.note_ready()
+                self._settled.set()
+                self._resume()
+            case EngineFailed():
+                if message.is_final:
                     logger.error("the engine failed: %s", message.message)
                     self.fail(message.message)
+                else:
+                    self._last_words = self._last_words or message.message
+                    if self.health.ranks:  # others may have more to say of it
+                        self._lose_soon()
+                    else:
+                        self.lose(message.message)
+
+    def on_rank(self, message: FromRank) -> None:
+        if isinstance(message, Pulse):
+            self.health.hear(message, time.monotonic())
+            return
+        logger.error("rank %d failed: %s", message.rank, message.message)
+        if message.is_final:
+            self.fail(f"rank {message.rank}: {message.message}")
+        elif self._is_attached:
+            self._last_words = self._last_words or f"rank {message.rank}: {message.message}"
+
+    def on_unreadable(self) -> None:
+        self.fail("it sent a message that cannot be read")
+
+    def on_disconnect(self) -> None:
+        self._lose_soon()
+
+    def _lose_soon(self) -> None:
+        """Lose the engine, if it is still the same one, when the last words of all ranks have had time to arrive."""
+
+        def lose(attempt: int) -> None:
+            if attempt == self.attempt:
+                (self.fail if self._is_ending else self.lose)("its connection closed")
+
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, lose, self.attempt)
+
+    def _welcome(self) -> None:
+        """A new engine's first words."""
+        self.lose("another engine took its place")
+        if self.state == "failed":
+            return
+        self._attach()
+        if self._config is not None:
+            assert self._socket.pulse_address is not None
+            configure = Configure(self._config, os.getpid(), self._socket.pulse_address)
+            delay_s = max(self._configure_at - time.monotonic(), 0.0)
+            self._configuring = asyncio.get_running_loop().call_later(delay_s, self._socket.send, configure)
+
+    def _attach(self) -> None:
+        if self._is_attached:
+            return
+        self._is_attached = True
+        self.attempt += 1
+        if self.state == "failed":
+            self.state, self.failure = "loading", None
+            self._settled.clear()
+            self._failed.clear()
 
     def _deliver(self, message: TokenOutputs) -> None:
         self.load = EngineLoad(
@@ -311,36 +419,21 @@ class EngineClient:
             self.statistics.reported(message.step_report)
         now = self.statistics.step()
         for progress in message.prefills:
-            if (request := self._live.get(progress.request_id)) is not None:
-                self.statistics.scheduled(request.times)
-                request.stream.put_progress(progress)
+            if (told := self.live.at_engine(progress.request_id)) is not None:
+                self.statistics.scheduled(told.times)
+                told.stream.put_progress(msgspec.structs.replace(progress, request_id=told.request_id))
         for output in message.outputs:
-            request = self._live.get(output.request_id)
-            if request is None:  # aborted while this was on its way
+            received = self.live.receive(output)
+            if received is None:  # aborted while this was on its way
                 continue
-            request.output_token_ids.extend(output.token_ids)
+            request, output = received
             if output.token_ids:
                 self.statistics.delivered(request.times, len(output.token_ids), output.cached_tokens, now)
             if output.finish_reason is not None:
-                del self._live[output.request_id]
                 self.statistics.ended(request.times, output.finish_reason)
             request.stream.put(output)
-
-    async def _watch_connection(self, monitor: zmq.asyncio.Socket) -> None:
-        while True:
-            event = await cast("Any", recv_monitor_message(monitor))
-            if event["event"] == zmq.EVENT_ACCEPTED:
-                self._connections.add(event["value"])
-                continue
-            self._connections.discard(event["value"])
-            orphans = list(self._live.values())
-            await asyncio.sleep(_LAST_WORDS_S)
-            if not self._connections and self.state != "failed":
-                if not self._is_ending:
-                    logger.error("the engine's connection closed")
-                self.fail("its connection closed")
-            else:
-                self._end(orphans, "its connection closed")
+        if self.live.on_probation is not None:
+            self._resume()
 
 
 def _first_line(message: str | None) -> str:

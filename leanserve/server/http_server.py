@@ -74,12 +74,20 @@ def _why_not(error: OSError, host: str, port: int) -> str:
             return f"cannot listen on {host}, port {port}: {error}"
 
 
-async def serve_http(app: FastAPI, listener: socket.socket, *, stop: asyncio.Event, grace_s: float = 30.0) -> None:
+async def serve_http(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    stop: asyncio.Event,
+    hurry: asyncio.Event | None = None,
+    grace_s: float = 30.0,
+) -> None:
     """Serve until `stop` is set; then refuse new requests, let live ones finish, and close.
 
     Signal handlers are the caller's: set `stop` from them.
 
     Args:
+        hurry: ends the wait for live requests.
         grace_s: after so long, requests still live get an error. A few seconds later this returns, whatever clients do.
     """
     serving: Serving = app.state.serving
@@ -103,7 +111,7 @@ async def serve_http(app: FastAPI, listener: socket.socket, *, stop: asyncio.Eve
     warming = asyncio.create_task(serving.start())
     try:
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
-        await serving.drain(grace_s)
+        await serving.drain(grace_s, hurry or asyncio.Event())
     finally:
         server.should_exit = True
         stopping.cancel()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedError
 from leanserve.contracts.messages import PrefillProgress, TokenOutput
 from leanserve.contracts.sampling import FinishReason, SamplingParams
+from leanserve.server.errors import DeadlineError
 from leanserve.server.statistics import Phase
 
 __all__ = ["OutputStream"]
@@ -50,6 +51,7 @@ class OutputStream:
         self._live: set[str] = set()
         self._error: LeanServeError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._deadlines: list[asyncio.TimerHandle] = []
 
     @property
     def finished(self) -> bool:
@@ -65,6 +67,31 @@ class OutputStream:
         """
         self._submit_to_engine(self, request_id, prompt_token_ids, sampling)
         self._live.add(request_id)
+
+    def limit(self, queue_s: float | None, total_s: float | None) -> None:
+        """Fail with a DeadlineError if none has begun after `queue_s`, or not all have ended after `total_s`."""
+        loop = asyncio.get_running_loop()
+
+        def expire(what: str, limit_s: float) -> None:
+            if self._live and (what == "total" or self.phase == "queued"):
+                told = f"waited {limit_s:g} s for its turn" if what == "queue" else f"took more than {limit_s:g} s"
+                self.fail(DeadlineError(f"the request {told}, the limit", code=f"{what}_timeout"), drop_queue=True)
+
+        for what, limit_s in (("queue", queue_s), ("total", total_s)):
+            if limit_s is not None:
+                self._deadlines.append(loop.call_later(limit_s, expire, what, limit_s))
+
+    async def begun(self, timeout_s: float) -> None:
+        """Wait until there is something to read, or for so long.
+
+        Raises:
+            DeadlineError, EngineError: instead of an output, as `next` does.
+        """
+        if not self._queue and self._error is None:
+            await self._wait(timeout_s)
+        if self._error is not None and not self._queue:
+            error, self._error = self._error, None
+            raise error
 
     async def next(self, timeout_s: float | None = None) -> TokenOutput | None:
         """The next output, or None after `timeout_s` of silence. Call only while not `finished`.
@@ -96,6 +123,7 @@ class OutputStream:
             self._live.clear()
             self._queue.clear()
             self._error = None
+            self._lift_deadlines()
         else:
             self._live.discard(request_id)
             self._queue = deque(output for output in self._queue if output.request_id != request_id)
@@ -115,6 +143,8 @@ class OutputStream:
         self.progress.pop(output.request_id, None)
         if output.finish_reason is not None:
             self._live.discard(output.request_id)
+            if not self._live:
+                self._lift_deadlines()
         if output.finish_reason in ("error", "abort"):
             self.fail(EngineError(output.error or "the engine gave up on the request"))
             return
@@ -143,6 +173,11 @@ class OutputStream:
             self._queued_tokens = 0
         self._error = error
         self._wake()
+
+    def _lift_deadlines(self) -> None:
+        for deadline in self._deadlines:
+            deadline.cancel()
+        self._deadlines.clear()
 
     async def _wait(self, timeout_s: float | None) -> None:
         loop = asyncio.get_running_loop()

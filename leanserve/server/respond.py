@@ -42,6 +42,7 @@ async def respond(request: Request, serving: Serving, answer: Answer) -> Respons
     Raises:
         OverloadedError: the server is loading, draining or full.
         EngineError: the engine is gone, or failed before a stream began.
+        DeadlineError: the request waited, or took, too long.
         ClientLeft: the client went away before the whole answer was there.
     """
     serving.admit(len(answer.choices), answer.prompt_tokens)  # again: tokenizing a long text takes a while
@@ -51,7 +52,11 @@ async def respond(request: Request, serving: Serving, answer: Answer) -> Respons
     try:
         for choice in answer.choices.values():
             outputs.submit(choice.request_id, choice.prompt.token_ids, choice.sampling)
+        settings = serving.settings
+        outputs.limit(settings.queue_timeout_s, settings.request_timeout_s)
         if answer.streams:
+            if settings.queue_timeout_s is not None:  # a deadline has a status of its own, while there is none yet
+                await _unless_disconnected(request, outputs, outputs.begun(settings.keep_alive_s))
             return EventStream(answer, outputs, serving.settings.keep_alive_s, serving.counts)
         response = await _unless_disconnected(request, outputs, _whole(answer, outputs))
         facts.completion_tokens = answer.completion_tokens

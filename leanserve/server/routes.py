@@ -1,6 +1,7 @@
 """The routes: what each accepts and answers. Status codes of errors are `server.errors`' business."""
 
 import asyncio
+import time
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -84,8 +85,9 @@ def build_router(serving: Serving) -> APIRouter:
         client = serving.client
         if client.state == "failed":
             client.check_ready()
-        if client.silent_s > serving.settings.stall_after_s:
-            raise EngineError(f"the engine has made no progress for {client.silent_s:.0f} s")
+        trouble = client.trouble()
+        if trouble is not None:
+            raise EngineError(trouble)
         return json_response(
             {
                 "status": "ok",
@@ -95,6 +97,7 @@ def build_router(serving: Serving) -> APIRouter:
                 "live_requests": client.live_requests,
                 "silent_s": round(client.silent_s, 3),
                 "pages_used_per_rank": client.load.pages_used_per_rank,
+                "ranks": client.health.report(time.monotonic()),
             }
         )
 

@@ -262,12 +262,12 @@ class Serving:
             )
         return self.tokenizer
 
-    async def drain(self, grace_s: float) -> None:
-        """Let nobody in, give live requests `grace_s` to finish, then end the rest with an error."""
+    async def drain(self, grace_s: float, hurry: asyncio.Event) -> None:
+        """Let nobody in, give live requests `grace_s` to finish, or until `hurry`, then end the rest with an error."""
         self.is_draining = True
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
-        while self.client.live_requests and loop.time() < deadline:
+        while self.client.live_requests and loop.time() < deadline and not hurry.is_set():
             await asyncio.sleep(0.02)
         self.client.end_all("the server is shutting down")
 

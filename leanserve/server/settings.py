@@ -27,10 +27,12 @@ class ServerSettings:
     """Prompts at the engine at once, running or waiting; more are answered 503."""
     max_live_prompt_tokens: int = 1 << 26
     """Tokens of those prompts together; they are kept here, 4 bytes each."""
+    queue_timeout_s: float | None = None
+    """A request that has not begun by then is answered 408; None: it may wait for ever."""
+    request_timeout_s: float | None = None
+    """A request that has not ended by then is stopped."""
     keep_alive_s: float = 15.0
     """A stream that is silent for so long gets a comment (proxies cut silent connections, often at 60 s)."""
-    stall_after_s: float = 300.0
-    """`/health` is 503 when the engine owes tokens and has sent nothing for so long."""
     key_digests: tuple[bytes, ...] = ()
     """SHA-256 of the API keys, one of which every request must show; empty: nobody is asked."""
     max_requests_per_key: int | None = None
@@ -53,10 +55,12 @@ class ServerSettings:
             "max_live_requests",
             "max_live_prompt_tokens",
             "keep_alive_s",
-            "stall_after_s",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be above 0")
+        for name in ("queue_timeout_s", "request_timeout_s"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be above 0, or left out")
         if self.max_requests_per_key is not None and self.max_requests_per_key < 1:
             raise ConfigError(f"max requests per key is {self.max_requests_per_key}; it must be at least 1")
         for origin in self.cors_origins:

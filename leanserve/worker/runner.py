@@ -203,6 +203,14 @@ class Runner:
         watches = (self._in_forward, self._in_sampling, self._ranks.in_collectives)
         return StepTimes(*(watch.take_s() for watch in watches))
 
+    def compare_pasts(self) -> None:
+        """Every rank calls it while there is no step.
+
+        Raises:
+            DesyncError: another rank's past differs from rank 0's.
+        """
+        self._ranks.require_equal(self._checksum, f"the checksum of step {self._completed_step}")
+
     def _check_past(self, batch: Batch) -> None:
         if batch.step != self._completed_step + 1:
             raise DesyncError(

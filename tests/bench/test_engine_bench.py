@@ -24,7 +24,8 @@ from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepSender
 from leanserve.engine.engine import Engine
-from leanserve.launch.loading import LoadedRank, Place, load_rank
+from leanserve.launch.loading import LoadedRank, load_rank
+from leanserve.launch.place import Place
 from leanserve.launch.rank import make_engine
 from leanserve.worker.runner import Runner
 

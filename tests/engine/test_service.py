@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import zmq
 
-from engine.fake_executors import EchoExecutor, FailingExecutor
+from engine.fake_executors import EchoExecutor, FailingExecutor, ToyModelExecutor, toy_completion
 from engine.workload import token_bytes
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.config import BatchOptions
@@ -64,7 +64,12 @@ class FrontEnd:
 
 
 @contextmanager
-def serving(execute: Callable[[Batch], StepResult], *first: Submit, high_water_mark: int = 1000) -> Iterator[FrontEnd]:
+def serving(
+    execute: Callable[[Batch], StepResult],
+    *first: Submit,
+    high_water_mark: int = 1000,
+    when_idle: Callable[[], object] = lambda: None,
+) -> Iterator[FrontEnd]:
     """`first` has arrived when the service starts."""
     scheduler = Scheduler(KvSharding(page_tokens=4, pages_per_rank=(50, 50)), BatchOptions(max_batch_tokens=64), 300)
     engine = Engine(scheduler, execute, [])
@@ -78,7 +83,7 @@ def serving(execute: Callable[[Batch], StepResult], *first: Submit, high_water_m
 
         def run() -> None:
             try:
-                serve(engine, far, stop)
+                serve(engine, far, stop, when_idle=when_idle)
             except Exception as error:
                 front_end.raised.append(error)
 
@@ -159,17 +164,47 @@ def test_a_request_under_a_live_id_is_logged_and_dropped(caplog: pytest.LogCaptu
     assert "request id 'a' is in use" in caplog.text
 
 
-def test_a_failing_step_ends_all_requests_and_the_service() -> None:
+def test_a_failing_step_ends_the_service_and_leaves_its_requests_to_the_front_end() -> None:
     error = OSError("the device is gone")
     with serving(FailingExecutor(2, error), submit("a", 3, 9), submit("b", 100, 9)) as front_end:
-        outputs = front_end.outputs_until("a", "b")
-        assert [output.error for output in outputs if output.finish_reason] == [
-            "the engine failed while this request ran; send it again"
-        ] * 2
-        assert front_end.receive() == EngineFailed("OSError: the device is gone")
+        while isinstance(message := front_end.receive(), TokenOutputs):
+            assert not [output for output in message.outputs if output.finish_reason]
+        assert message == EngineFailed("OSError: the device is gone")
         front_end.join()
         assert front_end.raised == [error]
         assert front_end.stop.is_set()
+
+
+def test_a_request_goes_on_behind_what_another_engine_generated() -> None:
+    """The toy model's tokens depend on all tokens before them and on the seed."""
+    sharding = KvSharding(page_tokens=4, pages_per_rank=(50, 50))
+    prompt, sampling = token_bytes(list(range(9))), SamplingParams(max_tokens=30, seed=5)
+    tokens, reason = toy_completion(prompt, 5, 30, frozenset())
+    with serving(ToyModelExecutor(sharding), Submit("a", prompt, sampling, token_bytes(tokens[:13]))) as front_end:
+        outputs = front_end.outputs_until("a")
+    assert [token for output in outputs for token in output.token_ids] == tokens[13:]
+    assert outputs[-1].finish_reason == reason
+    assert outputs[0].cached_tokens == 0, "told with the first token of all, which another engine gave"
+
+
+@pytest.mark.parametrize(("output_tokens", "message"), [(5, "nothing is left to do"), (6, "nothing is left to do")])
+def test_a_request_that_has_all_its_tokens_is_refused(output_tokens: int, message: str) -> None:
+    done = Submit("a", token_bytes([1]), SamplingParams(max_tokens=5), token_bytes([1] * output_tokens))
+    with serving(EchoExecutor(), done) as front_end:
+        assert message in str(front_end.outputs_until("a")[-1].error)
+
+
+def test_an_idle_engine_looks_after_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanserve.engine.service.IDLE_CHECK_S", 0.0)
+    checks: list[int] = []
+
+    def fail_the_third_time() -> None:
+        checks.append(1)
+        if len(checks) == 3:
+            raise OSError("rank 1 does not answer")
+
+    with serving(EchoExecutor(), when_idle=fail_the_third_time) as front_end:
+        assert front_end.receive() == EngineFailed("OSError: rank 1 does not answer")
 
 
 @pytest.mark.parametrize("how", ["message", "event"])

@@ -103,7 +103,8 @@ def test_a_killed_front_end_takes_its_ranks_along(model_dir, tmp_path):
 
 
 def test_a_killed_rank_ends_the_server_with_one_clear_line(model_dir, tmp_path):
-    with live_server(str(model_dir), "--ranks", "2", *SMALL, log=tmp_path / "log") as server:
+    options = ("--ranks", "2", *SMALL, "--max-restarts", "0")
+    with live_server(str(model_dir), *options, log=tmp_path / "log") as server:
         rank = next(p for p in server.processes() if "leanserve.launch.rank" in " ".join(p.cmdline()))
         rank.kill()
         assert server.process.wait(30) == 1

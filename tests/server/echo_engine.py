@@ -62,7 +62,8 @@ class _Running:
 
 
 class EchoEngine:
-    """Echoes. A prompt that begins with `stall_token` gets no token; one with `error_token` ends in an error after two.
+    """Echoes. A prompt that begins with `stall_token` gets no token; one with `error_token` ends in an error after two;
+    one with `deadly_token` is the end of the engine in its first step.
 
     Args:
         step_s: time between steps.
@@ -71,6 +72,7 @@ class EchoEngine:
 
     stall_token = 7
     error_token = 9
+    deadly_token = 13
 
     def __init__(
         self,
@@ -124,7 +126,8 @@ class EchoEngine:
                     self.submits.append(submit)
                     prompt = array("i")
                     prompt.frombytes(submit.prompt_token_ids)
-                    self.running[submit.request_id] = _Running(submit, prompt)
+                    sent = len(submit.output_token_ids) // prompt.itemsize
+                    self.running[submit.request_id] = _Running(submit, prompt, sent)
                 case Abort(request_id=request_id):
                     self.aborts[request_id] += 1
                     self.running.pop(request_id, None)
@@ -138,6 +141,9 @@ class EchoEngine:
                 await asyncio.sleep(0.001)
                 continue
             self.steps += 1
+            if any(request.prompt[0] == self.deadly_token for request in self.running.values()):
+                self._socket.close(linger=0)
+                return
             if self.fail_after_steps is not None and self.steps > self.fail_after_steps:
                 await self.fail("it was told to")
                 return

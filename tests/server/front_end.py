@@ -61,11 +61,13 @@ def parse_events(text: str) -> list[dict[str, Any]]:
 
 
 @contextlib.asynccontextmanager
-async def connected(max_queued_tokens: int = 1024, **engine: Any) -> AsyncIterator[tuple[EngineClient, EchoEngine]]:
+async def connected(
+    max_queued_tokens: int = 1024, client_options: dict[str, Any] | None = None, **engine: Any
+) -> AsyncIterator[tuple[EngineClient, EchoEngine]]:
     """A client and an engine that has not said it is ready."""
     directory = tempfile.mkdtemp(prefix="ls-")  # short: ipc addresses end at about 100 characters
     address = f"ipc://{directory}/engine"
-    client = EngineClient(address, max_queued_tokens=max_queued_tokens)
+    client = EngineClient(address, max_queued_tokens=max_queued_tokens, **(client_options or {}))
     client.start()
     echo = EchoEngine(address, **engine)
     try:
@@ -84,10 +86,11 @@ async def live_server(
     max_queued_tokens: int = 1024,
     grace_s: float = 1.0,
     settings: dict[str, Any] | None = None,
+    client_options: dict[str, Any] | None = None,
     chat_template: str | None = None,
     **engine: Any,
 ) -> AsyncIterator[Live]:
-    async with connected(max_queued_tokens, **engine) as (client, echo):
+    async with connected(max_queued_tokens, client_options, **engine) as (client, echo):
         server_settings = ServerSettings(**{"model_names": ("echo", "org/echo"), **(settings or {})})
         template = None if chat_template is None else ChatTemplate({"default": chat_template}, {"bos_token": "<s>"})
         app = create_app(client, tokenizer, server_settings, template)

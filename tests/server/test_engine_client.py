@@ -237,7 +237,8 @@ def test_what_another_engine_would_need_is_kept() -> None:
             stream = client.open_stream()
             stream.submit("r", token_bytes([5, 6]), ENDLESS)
             received = [token for _ in range(5) if (output := await stream.next()) for token in output.token_ids]
-            kept = client._live["r"]
+            kept = client.live.get("r")
+            assert kept is not None
             assert kept.prompt_token_ids == token_bytes([5, 6])
             assert kept.output_token_ids[:5].tolist() == received
             stream.abort()

@@ -85,7 +85,7 @@ def test_while_loading_and_after_a_failure() -> None:
 
 def test_health_sees_an_engine_that_owes_tokens_and_is_silent() -> None:
     async def scenario() -> None:
-        async with live_server(None, settings={"stall_after_s": 0.1}) as live:
+        async with live_server(None, client_options={"step_timeout_s": 0.1}) as live:
             await asyncio.sleep(0.15)
             assert (await live.http.get("/health")).status_code == 200
             live.engine.step_s = 30

@@ -1,0 +1,53 @@
+"""Put on PYTHONPATH by a test: makes a rank process go wrong on purpose, as FAULT_* variables say. The product has no
+switch for this.
+
+FAULT_DEADLY_TOKEN: computing a prompt that begins with it ends the process, as a bug in a kernel would.
+FAULT_DIVERGE: a file; the rank named in it (once, then the file is removed) remembers a wrong checksum.
+"""
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+TARGET = "leanserve.worker.runner"
+
+
+def spoil(module: Any) -> None:
+    execute = module.Runner.execute
+    deadly = int(os.environ.get("FAULT_DEADLY_TOKEN", "-1"))
+    diverge = Path(os.environ.get("FAULT_DIVERGE", "/nowhere"))
+
+    def faulty(self: Any, batch: Any) -> Any:
+        result = execute(self, batch)
+        for new in batch.started:
+            if int.from_bytes(new.token_ids[:4], sys.byteorder) == deadly:
+                os._exit(9)
+        if diverge.exists() and diverge.read_text() == str(self._ranks.rank):
+            diverge.unlink()
+            self._checksum ^= 1
+        return result
+
+    module.Runner.execute = faulty
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != TARGET:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        load = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            load(module)
+            spoil(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
