@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from threading import Event
 
@@ -39,8 +38,7 @@ from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.service import serve
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.loading import LoadedRank, load_rank
-from leanserve.launch.meeting import Orders, compare_cards, convene, exchange_cards, join
-from leanserve.launch.own_address import address_towards, interface_of
+from leanserve.launch.meeting import Orders, compare_cards, convene, exchange_cards, join, reach_agent
 from leanserve.launch.place import Place
 from leanserve.launch.ranks_process import RUN_DIR_VARIABLE, engine_address
 from leanserve.launch.step_watch import StepWatch, dump_stacks_when_asked
@@ -51,7 +49,6 @@ __all__ = ["follow", "main", "make_engine", "run_rank"]
 
 CONFIGURE_TIMEOUT_S = 1800.0
 """A front end may first download a model."""
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -84,17 +81,7 @@ def run_rank(attach_front_end: Callable[[dist.Store], Path] | None = None) -> in
     when_gone(place.agent_pid, _die)
     if not user_set_threads(place.agent_pid):
         torch.set_num_threads(default_threads(place.local_size))
-    agent_host = os.environ["MASTER_ADDR"]
-    agent_store = dist.TCPStore(
-        agent_host,
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=CONFIGURE_TIMEOUT_S),
-    )
-    host = LOOPBACK if place.local_size == place.size else address_towards(agent_host)
-    interface = interface_of(host)
-    if interface is not None:  # else torch looks up the machine's name, which may lead anywhere
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    agent_store, host = reach_agent(place, CONFIGURE_TIMEOUT_S)
     with zmq.Context() as context:
         termination = None if attach_front_end is None else Termination()
         member = _Member(place, host, agent_store, context, termination)
