@@ -12,8 +12,11 @@ import sys
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.place import NODE_RANK_VARIABLE
+from leanserve.server.logs import open_log_of_rank
 
 __all__ = ["WITHOUT_LIMIT", "run_agent"]
+
+logger = logging.getLogger("leanserve.launch")
 
 WITHOUT_LIMIT = 1_000_000
 """Restarts: the front end counts them, and ends the agent."""
@@ -29,6 +32,7 @@ def run_agent(
     Args:
         module: what a rank runs.
     """
+    open_log_of_rank()
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's own log; ours says what failed
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stores complain at length when their other end dies
     elastic = logging.getLogger("torch.distributed.elastic")
@@ -57,7 +61,7 @@ def run_agent(
         torchrun([*arguments, "-m", module])
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
-            print(f"leanserve: rank {rank} (pid {failure.pid}) {_ended(failure.exitcode)}", file=sys.stderr)
+            _tell(f"rank {rank}", failure.pid, failure.exitcode)
         return 1
     except SignalException:
         return 0
@@ -70,7 +74,12 @@ class _FailedRanks(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         match record.args:
             case (int(exit_code), int(local_rank), int(pid), _) if "exitcode" in str(record.msg):
-                print(f"leanserve: local rank {local_rank} (pid {pid}) {_ended(exit_code)}", file=sys.stderr)
+                _tell(f"local rank {local_rank}", pid, exit_code)
+
+
+def _tell(who: str, pid: int, exit_code: int) -> None:
+    extra = {"event": "rank_ended", "pid": pid, "exit_code": exit_code}
+    logger.error("%s (pid %d) %s; all ranks are ended", who, pid, _ended(exit_code), extra=extra)
 
 
 def _ended(exit_code: int) -> str:

@@ -5,6 +5,7 @@ lives for one attempt: when any of them fails, torchrun ends them all and starts
 outlives them, configures the next rank 0.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -44,8 +45,11 @@ from leanserve.launch.ranks_process import RUN_DIR_VARIABLE, engine_address
 from leanserve.launch.step_watch import StepWatch, dump_stacks_when_asked
 from leanserve.launch.termination import Termination
 from leanserve.launch.threads import default_threads, user_set_threads
+from leanserve.server.logs import open_log_of_rank
 
 __all__ = ["follow", "main", "make_engine", "run_rank"]
+
+logger = logging.getLogger("leanserve.launch")
 
 CONFIGURE_TIMEOUT_S = 1800.0
 """A front end may first download a model."""
@@ -78,6 +82,7 @@ def run_rank(attach_front_end: Callable[[dist.Store], Path] | None = None) -> in
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
     dump_stacks_when_asked()
     place = Place.from_environment()
+    open_log_of_rank(rank=place.rank, pid=os.getpid())
     when_gone(place.agent_pid, _die)
     if not user_set_threads(place.agent_pid):
         torch.set_num_threads(default_threads(place.local_size))
@@ -91,11 +96,12 @@ def run_rank(attach_front_end: Callable[[dist.Store], Path] | None = None) -> in
             else:
                 _run_other_rank(member)
         except LeanServeError as error:
-            print(f"leanserve: rank {place.rank}: {error}", file=sys.stderr)
+            logger.error("rank %d ends: %s", place.rank, error, extra={"event": "rank_failed"})
             return 1
         except Exception as error:  # most often a collective that broke: the rank that broke it says more
             stack = "".join(traceback.format_tb(error.__traceback__, limit=-4))
-            print(f"leanserve: rank {place.rank}: {type(error).__name__}: {error}\n{stack}", file=sys.stderr)
+            what = f"{type(error).__name__}: {error}"
+            logger.error("rank %d ends: %s", place.rank, what, extra={"event": "rank_failed", "stack": stack})
             return 1
     return 0
 

@@ -17,6 +17,8 @@ class RequestFacts:
     """The beginning of the digest of the key that was shown: tells keys apart and nothing else."""
     error_code: str | None = None
     """Of the error that was answered, if one was."""
+    failure: str | None = None
+    """Why it failed, where that is not the client's doing; in our own words."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 
