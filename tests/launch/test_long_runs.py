@@ -27,6 +27,8 @@ SOAK_REQUESTS = int(os.environ.get("SOAK_REQUESTS", "20000"))
 OVERLOAD_S = float(os.environ.get("OVERLOAD_SECONDS", "60"))
 ROUNDS, WARM_UP_ROUNDS = 10, 3
 CONCURRENCY = 32
+SETTLED_S = 1.0
+"""After a round, for connections to be closed on both sides."""
 MOST_BYTES_PER_1000 = 1 << 20
 SLOTS = 4
 """Requests that the overloaded server takes at once; without a queue, that is its capacity."""
@@ -63,6 +65,7 @@ def test_nothing_grows_over_20000_short_requests(tmp_path_factory, tmp_path) -> 
         sizes = {process: Size() for process in server.processes()}
         for round_ in range(ROUNDS):
             asyncio.run(ask_all(server, prompts, range(round_ * per_round, (round_ + 1) * per_round)))
+            time.sleep(SETTLED_S)
             if round_ >= WARM_UP_ROUNDS:
                 for process, size in sizes.items():
                     size.look(process)
