@@ -1,5 +1,6 @@
 """/metrics: what is counted elsewhere, in the words of Prometheus. Keeps nothing between two scrapes but counters."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -160,11 +161,10 @@ class _Own(_Labelled):
 
     def collect(self) -> Iterator[Metric]:
         load, info, http = self._client.load, self._client.info, self._http
-        used = load.pages_used_per_rank
+        pages = info.pages_per_rank if info else ()
+        used = load.pages_used_per_rank or (0,) * len(pages)
         yield self._gauges("kv_cache_pages_used", "KV pages that live requests hold.", ("rank",), _by_rank(used))
-        yield self._gauges(
-            "kv_cache_pages", "KV pages there are.", ("rank",), _by_rank(info.pages_per_rank if info else ())
-        )
+        yield self._gauges("kv_cache_pages", "KV pages there are.", ("rank",), _by_rank(pages))
         yield self._gauges(
             "kv_cache_pages_cached",
             "KV pages that only the prefix cache keeps.",
@@ -192,6 +192,25 @@ class _Own(_Labelled):
             max(used) / mean if mean else 1.0,
         )
         yield self._counter("steps", "Steps the engine has completed.", load.step)
+        # The first engine of a server that loads has not come yet.
+        restarts = max(self._client.attempt - 1, 0)
+        yield self._counter("engine_restarts", "Engines that took a failed one's place.", restarts)
+        now = time.monotonic()
+        pulses = [(str(rank), heard) for rank, heard in sorted(self._client.health.ranks.items())]
+        for name, text, values in (
+            (
+                "rank_pulse_age_seconds",
+                "Since a rank last said that it lives; twice a second is usual.",
+                [((rank,), now - heard.heard_at) for rank, heard in pulses],
+            ),
+            ("rank_step", "A rank's newest complete step.", [((rank,), heard.pulse.step) for rank, heard in pulses]),
+            (
+                "rank_busy_seconds",
+                "How long a rank's current step has taken.",
+                [((rank,), heard.pulse.busy_s) for rank, heard in pulses],
+            ),
+        ):
+            yield self._gauges(name, text, ("rank",), values)
         yield self._gauge("engine_silent_seconds", "How long the engine has owed tokens.", self._client.silent_s)
         yield self._counters(
             "http_responses",

@@ -122,6 +122,14 @@ def test_every_alert_has_a_test_and_a_page_in_the_runbook(alert: dict) -> None:
     assert fired.count(name) == 1
 
 
+def test_every_error_code_is_explained() -> None:
+    sources = [path.read_text() for path in (ROOT / "leanserve").rglob("*.py")]
+    codes = {code for text in sources for code in re.findall(r'\bcode="([a-z_]+)"', text)}
+    _, table = (DEPLOY / "README.md").read_text().split("## Error codes")
+    assert len(codes) > 10
+    assert set(re.findall(r"`([a-z_]+)`", table.replace("max_tokens", ""))) >= codes
+
+
 @pytest.mark.system
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_overlays_build_and_fit_the_api(overlay: str) -> None:

@@ -1,10 +1,12 @@
 """/metrics says what happened, under the names that dashboards know."""
 
 import asyncio
+import time
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from leanserve.contracts.messages import Pulse
 from leanserve.server.statistics import Histogram, RequestStatistics
 from server.front_end import Live, live_server, run
 from server.test_http import posted, sent
@@ -95,6 +97,23 @@ def test_what_is_counted_is_what_happened() -> None:
             assert of("request_generation_tokens_count") == of("e2e_request_latency_seconds_count") == 7
             assert of("request_prompt_tokens_bucket", "le=2.0") == 4
             assert of("kv_cache_pages", "rank=0") == 64
+
+    run(scenario())
+
+
+def test_ranks_are_told_apart() -> None:
+    async def scenario() -> None:
+        async with live_server(None) as live:
+            assert (await scrape(live))["leanserve:kv_cache_pages_used", "rank=0"] == 0
+            for rank in range(2):
+                pulse = Pulse(rank=rank, pid=1, host="here", step=40 + rank, busy_s=0.25 * rank)
+                live.client.health.hear(pulse, time.monotonic() - 7 * rank)
+            seen = await scrape(live)
+            assert [seen["leanserve:rank_step", f"rank={rank}"] for rank in range(2)] == [40, 41]
+            assert seen["leanserve:rank_busy_seconds", "rank=1"] == 0.25
+            assert seen["leanserve:rank_pulse_age_seconds", "rank=0"] < 5
+            assert 7 <= seen["leanserve:rank_pulse_age_seconds", "rank=1"] < 12
+            assert seen["leanserve:engine_restarts_total", ""] == 0
 
     run(scenario())
 
