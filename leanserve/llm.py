@@ -29,8 +29,8 @@ from leanserve.contracts.sampling import FinishReason, SamplingParams
 from leanserve.grammars.grammar import check_grammar
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.options import LaunchOptions
+from leanserve.server.current_engine import EngineLoad
 from leanserve.server.detokenizer import TextStream
-from leanserve.server.engine_client import EngineLoad
 from leanserve.server.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "Prompt", "RequestOutput", "print_completion"]
@@ -203,7 +203,7 @@ class LLM:
     @property
     def load(self) -> EngineLoad:
         """What the engine said of itself with its newest step: running, waiting, pages used per rank."""
-        return self._group.client.load
+        return self._group.client.engine.load
 
     def close(self) -> None:
         """End the ranks and free what they held. Safe to call twice."""

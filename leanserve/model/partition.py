@@ -136,7 +136,7 @@ class Partition:
 
     @property
     def parameters_read(self) -> int:
-        """In a decode step: all that the rank holds, but of an embedding that is not the output matrix too a few rows."""
+        """In a decode step: all that the rank holds, but of an embedding of its own only a few rows."""
         if self.architecture.tied_embeddings:
             return self.num_parameters
         rows, columns = self.tensor_parts()["model.embed_tokens.weight"]

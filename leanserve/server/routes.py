@@ -56,7 +56,8 @@ def build_router(serving: Serving) -> APIRouter:
         serving.check_model(body.model)
         text = body.prompt if body.messages is None else await serving.render(body.messages, body)
         [token_ids] = await serving.encode([text or ""], add_special_tokens=body.adds_special_tokens)
-        limit = serving.client.info.max_context_tokens if serving.client.info else None
+        info = serving.client.engine.info
+        limit = None if info is None else info.max_context_tokens
         tokens = np.frombuffer(token_ids, dtype=np.int32)
         return json_response({"count": len(token_ids), "max_model_len": limit, "tokens": tokens})
 
@@ -82,21 +83,21 @@ def build_router(serving: Serving) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
-        client = serving.client
-        if client.state == "failed":
-            client.check_ready()
+        client, engine = serving.client, serving.client.engine
+        if engine.state == "failed":
+            engine.check_ready()
         trouble = client.trouble()
         if trouble is not None:
             raise EngineError(trouble)
         return json_response(
             {
                 "status": "ok",
-                "state": client.state,
-                "running": client.load.running,
-                "waiting": client.load.waiting,
+                "state": engine.state,
+                "running": engine.load.running,
+                "waiting": engine.load.waiting,
                 "live_requests": client.live_requests,
                 "silent_s": round(client.silent_s, 3),
-                "pages_used_per_rank": client.load.pages_used_per_rank,
+                "pages_used_per_rank": engine.load.pages_used_per_rank,
                 "ranks": client.health.report(time.monotonic()),
             }
         )
@@ -126,7 +127,7 @@ def build_router(serving: Serving) -> APIRouter:
 
 
 def _model_card(serving: Serving, name: str) -> dict[str, object]:
-    info = serving.client.info
+    info = serving.client.engine.info
     return {
         "id": name,
         "object": "model",

@@ -84,7 +84,7 @@ class Serving:
         """Raises: OverloadedError while the server loads or drains, EngineError when the engine is gone."""
         if self.is_draining:
             raise OverloadedError("the server is shutting down; try another, or later", retry_after_s=5)
-        self.client.check_ready()
+        self.client.engine.check_ready()
 
     def admit(self, num_prompts: int, num_tokens: int = 0) -> EngineInfo:
         """The engine's facts, if so many prompts, of so many tokens together, may come in now.
@@ -105,8 +105,9 @@ class Serving:
                 f"prompts of {queued} tokens are waiting or running and {num_tokens} more came; "
                 f"the limit is {self.settings.max_live_prompt_tokens}, try again soon"
             )
-        assert self.client.info is not None
-        return self.client.info
+        info = self.client.engine.info
+        assert info is not None
+        return info
 
     def check_model(self, name: str | None) -> None:
         """Raises: NotFoundError for a model that is not served here."""
