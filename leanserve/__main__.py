@@ -74,7 +74,8 @@ def generate(
 ) -> None:
     """Print one completion as it is generated, then its speed. A prompt of - is read from standard input."""
     from leanserve.contracts.sampling import SamplingParams
-    from leanserve.llm import LLM, print_completion
+    from leanserve.generate import print_completion
+    from leanserve.llm import LLM
 
     if len(arguments) > 2:
         raise typer.BadParameter(f"expected [MODEL] PROMPT, got {len(arguments)} words; quote the prompt")
