@@ -8,6 +8,7 @@ up. The query, key and value projections are one matrix here, cut without regard
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Literal, get_args
 
 from leanserve.contracts.errors import ConfigError
@@ -126,13 +127,7 @@ class Partition:
     @property
     def num_parameters(self) -> int:
         """Weights that this rank holds."""
-        total = 0
-        for part in self.tensor_parts().values():
-            size = 1
-            for extent in part:
-                size *= len(extent)
-            total += size
-        return total
+        return sum(prod(map(len, part)) for part in self.tensor_parts().values())
 
     @property
     def parameters_read(self) -> int:
