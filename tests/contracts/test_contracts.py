@@ -127,7 +127,7 @@ def test_messages_survive_the_wire():
     wish = {"json": {"type": "object"}}
     sampling = SamplingParams(temperature=0, stop=("a",), seed=-5, logit_bias={7: -1.5}, structured_outputs=wish)
     submit = Submit("r", b"\1\0\0\0", sampling)
-    for message in (Configure(config, 7), submit):
+    for message in (Configure(config, 7, "tcp://127.0.0.1:1"), submit):
         assert decode_to_engine(encode(message)) == message
 
 

@@ -78,8 +78,8 @@ def test_bad_input_does_not_disturb_a_running_stream(tmp_path_factory, tmp_path)
         b'{"prompt": [1], "stop": [""]}',
         b'{"prompt": [1], "stop": "x"}',
         b'{"prompt": [1], "model": "another"}',
-        b'{"prompt": [1], "logit_bias": {"1": 5}}',
-        b'{"prompt": [1], "n": 99}',
+        b'{"prompt": [1], "logit_bias": {"1": 500}}',
+        b'{"prompt": [1], "n": 1000}',
         b'{"prompt": {"a": 1}}',
         b"[" * 100_000,
     ]
