@@ -10,11 +10,10 @@ with LLM("path/to/model", ranks=2) as llm:
 import asyncio
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -25,64 +24,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from leanserve.contracts.errors import EngineError, RequestError, RequestTooLongError
 from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.messages import EngineInfo, PrefillProgress
-from leanserve.contracts.sampling import FinishReason, SamplingParams
+from leanserve.contracts.sampling import SamplingParams
 from leanserve.grammars.grammar import check_grammar
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.options import LaunchOptions
+from leanserve.outputs import CompletionOutput, Delta, Logprob, RequestOutput, logprobs_by_id
+from leanserve.server.current_engine import EngineLoad
 from leanserve.server.detokenizer import TextStream
-from leanserve.server.engine_client import EngineLoad
 from leanserve.server.tokenizer import Tokenizer
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "Prompt", "RequestOutput", "print_completion"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "Prompt", "RequestOutput"]
 
 Prompt = str | Mapping[str, Sequence[int]]
 """Text, or {"prompt_token_ids": [...]}."""
-
-
-@dataclass(frozen=True)
-class Logprob:
-    """A token's natural log-probability by the model alone, and its rank: 1 is the most likely."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None
-    """None where the checkpoint has no tokenizer files."""
-
-
-@dataclass
-class CompletionOutput:
-    """One completion."""
-
-    token_ids: list[int]
-    text: str
-    """Empty where the checkpoint has no tokenizer files."""
-    finish_reason: FinishReason
-    index: int = 0
-    logprobs: list[dict[int, Logprob]] | None = None
-    """With `SamplingParams.logprobs`: for each token, itself and the most likely ones by id."""
-
-
-@dataclass
-class RequestOutput:
-    """One prompt and what was generated from it."""
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    """`SamplingParams.n` of them."""
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """With `SamplingParams.prompt_logprobs`: for each prompt token, like those of outputs; None for the first."""
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of a running completion."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None
-    logprobs: Logprobs | None = None
-    prompt_logprobs: Logprobs | None = None
 
 
 class LLM:
@@ -203,7 +157,7 @@ class LLM:
     @property
     def load(self) -> EngineLoad:
         """What the engine said of itself with its newest step: running, waiting, pages used per rank."""
-        return self._group.client.load
+        return self._group.client.engine.load
 
     def close(self) -> None:
         """End the ranks and free what they held. Safe to call twice."""
@@ -329,18 +283,8 @@ class LLM:
         return output, prompt_logprobs
 
     def _by_id(self, token_ids: Sequence[int], logprobs: Logprobs) -> list[dict[int, Logprob]]:
-        """For each token, as vLLM gives it: the token itself, then the most likely ones."""
-        found: list[dict[int, Logprob]] = []
-        for token_id, row in zip(token_ids, logprobs.rows(), strict=False):
-            entries = {token_id: self._logprob(token_id, row.logprob, row.rank)}
-            for rank, (top_id, logprob) in enumerate(row.top, 1):
-                entries.setdefault(top_id, self._logprob(top_id, logprob, rank))
-            found.append(entries)
-        return found
-
-    def _logprob(self, token_id: int, logprob: float, rank: int) -> Logprob:
-        decoded = None if self._tokenizer is None else self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return Logprob(logprob, rank, decoded)
+        decode = None if self._tokenizer is None else partial(self._tokenizer.decode, skip_special_tokens=False)
+        return logprobs_by_id(token_ids, logprobs, decode)
 
     def _progress(self, total: int, *, enabled: bool) -> "_ProgressBar":
         return _ProgressBar(total, enabled=enabled and total > 1)
@@ -363,32 +307,3 @@ class _ProgressBar:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-
-
-def print_completion(llm: LLM, prompt: Prompt, sampling: SamplingParams) -> None:
-    """Write a completion to standard output as it is generated, and its speed to standard error."""
-    started = time.perf_counter()
-    first_token_s, tokens = None, 0
-    columns = (TextColumn("reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    reading = bar.add_task("", total=None)
-
-    def draw(progress: PrefillProgress) -> None:
-        bar.start()
-        bar.update(reading, completed=progress.processed_tokens, total=progress.total_tokens)
-
-    for delta in llm.stream(prompt, sampling, on_progress=draw):
-        if first_token_s is None:
-            first_token_s = time.perf_counter() - started
-            bar.stop()
-        tokens += len(delta.token_ids)
-        sys.stdout.write(delta.text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    decode_s = time.perf_counter() - started - (first_token_s or 0.0)
-    rate = f", then {(tokens - 1) / decode_s:.1f} tokens/s" if tokens > 1 else ""
-    Console(stderr=True, highlight=False).print(
-        f"[dim]{tokens} tokens, the first after {first_token_s or 0.0:.2f} s{rate}[/]"
-    )

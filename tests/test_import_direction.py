@@ -30,11 +30,13 @@ ALLOWED: dict[str, set[str]] = {
         "engine",
         "bundled",
     },
-    "llm": {"grammars", "launch", "server"},
+    "outputs": set(),
+    "llm": {"grammars", "launch", "outputs", "server"},
+    "generate": {"llm"},
     "bench": {"launch", "worker", "model", "attention", "distributed", "engine", "llm", "lean_attention"}
     | {"server", "bundled"},
     "bundled": {"launch", "server"},
-    "__main__": {"launch", "llm", "bench", "bundled", "loadtest", "planner", "server"},
+    "__main__": {"launch", "llm", "generate", "bench", "bundled", "loadtest", "planner", "server"},
     "__init__": {"llm"},
     "lean_attention": set(),
 }

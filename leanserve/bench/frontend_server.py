@@ -72,7 +72,7 @@ async def _serve(kind: str, address: str, num_tokens: int) -> None:
         client.start()
         tokenizer = Tokenizer.from_dir(bundled_model_dir())
         app = create_app(client, tokenizer, ServerSettings(model_names=("bench",)))
-        await client.wait_ready()
+        await client.engine.wait_ready()
     app.router.routes.append(Route(LONGEST_HOLD_PATH, watch.answer))
     listener = bind_socket("127.0.0.1", 0)
     watching = asyncio.create_task(watch.run())

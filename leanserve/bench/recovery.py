@@ -126,7 +126,7 @@ async def _attack(group: EngineGroup, attack: Attack, prompt: list[int]) -> floa
     outputs = client.generate(prompt, SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, seed=1))
     before = 0
     struck_at: float | None = None
-    attempt = client.attempt
+    attempt = client.engine.attempt
     ready_for_it = time.monotonic() + PULSES_S
     try:
         async for _ in outputs:
@@ -136,7 +136,7 @@ async def _attack(group: EngineGroup, attack: Attack, prompt: list[int]) -> floa
                 if before >= TOKENS_BEFORE and now >= ready_for_it:
                     os.kill(client.health.ranks[attack.rank].pulse.pid, attack.signal_number)
                     struck_at = now
-            elif client.attempt > attempt:
+            elif client.engine.attempt > attempt:
                 return now - struck_at
     finally:
         await outputs.aclose()

@@ -85,7 +85,7 @@ class EngineGroup:
         Raises:
             EngineError: it could not be; the message says why.
         """
-        return await self.client.wait_ready()
+        return await self.client.engine.wait_ready()
 
     async def close(self) -> None:
         """End the ranks, in order if they can, and remove what they left. Safe to call in any state."""
@@ -93,17 +93,17 @@ class EngineGroup:
             self._watch.cancel()
         self.client.shut_down_engine()
         if self._ranks is not None:
-            patience_s = STOP_PATIENCE_S if self.client.state == "ready" else 0.0
+            patience_s = STOP_PATIENCE_S if self.client.engine.state == "ready" else 0.0
             await asyncio.to_thread(self._ranks.stop, patience_s)
         await self.client.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
     async def _watch_ranks(self) -> None:
-        while self.client.state != "failed":
+        while self.client.engine.state != "failed":
             await asyncio.sleep(POLL_S)
             if self._ranks is not None and self._ranks.exit_code is not None:
                 self.client.fail(f"the ranks have ended (exit code {self._ranks.exit_code})")
-            elif self._nodes.count == 1 and self.client.vacant_s > ARRIVAL_TIMEOUT_S:
+            elif self._nodes.count == 1 and self.client.engine.vacant_s > ARRIVAL_TIMEOUT_S:
                 self.client.fail(f"no rank 0 has come within {ARRIVAL_TIMEOUT_S:.0f} s")
             else:
                 await self._end_stuck_ranks()

@@ -187,7 +187,7 @@ async def _serve(
             _print_banner(console, ready.result(), url, example)
             extra = {"event": "ready", "url": url, **_banner(ready.result())}
             logger.info("ready at %s: %s", url, options.model_name, extra=extra)
-            failed = asyncio.create_task(group.client.wait_failed(), name="engine failure")
+            failed = asyncio.create_task(group.client.engine.wait_failed(), name="engine failure")
             await asyncio.wait({failed, http}, return_when=asyncio.FIRST_COMPLETED)
             if failed.done() and not stop.is_set():
                 raise EngineError(failed.result())
@@ -220,12 +220,12 @@ async def show_loading(client: EngineClient, console: Console) -> EngineInfo:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    ready = asyncio.ensure_future(client.wait_ready())
+    ready = asyncio.ensure_future(client.engine.wait_ready())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting ranks", total=None)
         while not (await asyncio.wait({ready}, timeout=0.1))[0]:
-            if client.loading is not None:
-                loading = client.loading
+            if client.engine.loading is not None:
+                loading = client.engine.loading
                 progress.update(
                     task, description=f"loading {loading.stage}", completed=loading.done, total=loading.total
                 )

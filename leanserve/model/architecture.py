@@ -5,6 +5,7 @@ fields mean together is what transformers 5 makes of them.
 """
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,13 +71,7 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         """Weights of the model; tied embeddings count once."""
-        total = 0
-        for shape in self.tensor_shapes().values():
-            size = 1
-            for extent in shape:
-                size *= extent
-            total += size
-        return total
+        return sum(map(prod, self.tensor_shapes().values()))
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of K and V that one token takes over all layers, with elements of `dtype_bytes` bytes."""

@@ -8,16 +8,19 @@ up. The query, key and value projections are one matrix here, cut without regard
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from math import prod
+from typing import Literal, get_args
 
 from leanserve.contracts.errors import ConfigError
 from leanserve.model.architecture import Architecture
 
-__all__ = ["Partition", "WeightSplit", "even_shares"]
+__all__ = ["WEIGHT_SPLITS", "Partition", "WeightSplit", "even_shares"]
 
 WeightSplit = Literal["replicated", "mlp", "all"]
 """replicated: every rank holds every weight. mlp: MLP and vocabulary matrices are split. all: attention projections
 too. Norms are always replicated."""
+WEIGHT_SPLITS: tuple[WeightSplit, ...] = get_args(WeightSplit)
+"""From the one that splits least to the one that splits most."""
 
 _UNIT = 8
 """Elements: 16 bytes of bfloat16."""
@@ -124,13 +127,22 @@ class Partition:
     @property
     def num_parameters(self) -> int:
         """Weights that this rank holds."""
-        total = 0
-        for part in self.tensor_parts().values():
-            size = 1
-            for extent in part:
-                size *= len(extent)
-            total += size
-        return total
+        return sum(prod(map(len, part)) for part in self.tensor_parts().values())
+
+    @property
+    def parameters_read(self) -> int:
+        """In a decode step: all that the rank holds, but of an embedding of its own only a few rows."""
+        if self.architecture.tied_embeddings:
+            return self.num_parameters
+        rows, columns = self.tensor_parts()["model.embed_tokens.weight"]
+        return self.num_parameters - len(rows) * len(columns)
+
+    @property
+    def collectives(self) -> int:
+        """Calls of a decode step, beside those of attention over the shards and of the token exchange."""
+        layers = self.architecture.num_layers
+        mlp_and_vocabulary = layers + 2 if self.splits_mlp else 0
+        return mlp_and_vocabulary + (2 * layers if self.splits_attention else 0)
 
 
 def _overlap(share: range, start: int, stop: int) -> range:

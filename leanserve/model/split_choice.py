@@ -7,11 +7,10 @@ makes that less and adds collectives: one a layer for the MLP, two more for the 
 from dataclasses import dataclass
 
 from leanserve.model.architecture import Architecture
-from leanserve.model.partition import Partition, WeightSplit
+from leanserve.model.partition import WEIGHT_SPLITS, Partition, WeightSplit
 
 __all__ = ["CPU_COSTS", "GPU_COSTS", "SplitChoice", "StepCosts", "choose_split", "describe_split"]
 
-_SPLITS: tuple[WeightSplit, ...] = ("replicated", "mlp", "all")
 _WEIGHTS_SHARE = 0.5
 """Of a rank's memory, what weights may take while a smaller split would leave more of it to the KV cache."""
 
@@ -63,7 +62,7 @@ def choose_split(
     if ranks == 1:
         return SplitChoice("replicated", "one rank holds everything")
     parts: dict[WeightSplit, Partition] = {  # of rank 0, which holds the most
-        split: Partition(architecture, split, 0, ranks) for split in _SPLITS
+        split: Partition(architecture, split, 0, ranks) for split in WEIGHT_SPLITS
     }
 
     step_s = {split: _step_s(part, costs, dtype_bytes * ranks_per_memory) for split, part in parts.items()}
@@ -73,7 +72,7 @@ def choose_split(
     fitting: list[WeightSplit] = [split for split, part in parts.items() if part.num_parameters * dtype_bytes <= room]
     if not fitting:
         return SplitChoice("all", "even so, weights take more than half of each rank's memory")
-    if left_out := [split for split in _SPLITS if split not in fitting]:
+    if left_out := [split for split in WEIGHT_SPLITS if split not in fitting]:
         estimate += f"; {' and '.join(left_out)} would leave less than half of the memory to the KV cache"
     return SplitChoice(min(fitting, key=lambda split: step_s[split]), estimate)
 
@@ -97,20 +96,5 @@ def describe_split(partition: Partition, dtype_bytes: int, reason: str) -> str:
 
 def _step_s(partition: Partition, costs: StepCosts, read_bytes: int) -> float:
     """`read_bytes` from memory for each weight that one rank reads."""
-    read_s = _parameters_read(partition) * read_bytes / costs.read_bytes_per_s
-    return read_s + _collectives(partition) * costs.collective_s
-
-
-def _parameters_read(partition: Partition) -> int:
-    """Of a decode step: all that the rank holds, but of an embedding that is not also the output matrix a few rows."""
-    if partition.architecture.tied_embeddings:
-        return partition.num_parameters
-    rows, columns = partition.tensor_parts()["model.embed_tokens.weight"]
-    return partition.num_parameters - len(rows) * len(columns)
-
-
-def _collectives(partition: Partition) -> int:
-    """Of a decode step, beside those of attention itself."""
-    layers = partition.architecture.num_layers
-    mlp_and_vocabulary = layers + 2 if partition.splits_mlp else 0
-    return mlp_and_vocabulary + (2 * layers if partition.splits_attention else 0)
+    read_s = partition.parameters_read * read_bytes / costs.read_bytes_per_s
+    return read_s + partition.collectives * costs.collective_s

@@ -9,12 +9,13 @@ from leanserve.contracts.errors import ConfigError
 from leanserve.model.activations import activation_bytes
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.checkpoint import resolve_config
-from leanserve.planner.footprint import DTYPE_BYTES, WEIGHT_SPLITS, WeightBytes, WeightSplit, weight_bytes
+from leanserve.model.partition import WEIGHT_SPLITS, Partition, WeightSplit
 from leanserve.planner.gpus import Gpu
 from leanserve.planner.roofline import Constants, DecodeTime, PrefillTime, decode_time, prefill_time
 
 __all__ = ["Deployment", "Memory", "Plan", "Question", "find_architecture", "make_plan", "parse_tokens"]
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TOKENS = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmM]?)")
 
 
@@ -59,9 +60,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one rank, in bytes."""
+    """Of one rank, the one that holds the most weights, in bytes."""
 
-    weights: WeightBytes
+    weights: int
     activations: int
     kv_bytes_per_token: int
     """Of a token that this rank owns."""
@@ -103,7 +104,7 @@ class Plan:
     question: Question
     constants: Constants
     asked: tuple[Deployment, ...]
-    """One for each of `WEIGHT_SPLITS`; replicated alone on one rank."""
+    """One for each of `WEIGHT_SPLITS`; replicated alone on one rank, or on more than the vocabulary has tokens."""
     by_ranks: tuple[Deployment, ...]
     """For 1, 2, 4, ... up to the asked number of ranks: the split that fits and decodes fastest."""
 
@@ -138,45 +139,42 @@ def make_plan(architecture: Architecture, question: Question, constants: Constan
 def _with_every_split(
     architecture: Architecture, question: Question, constants: Constants, ranks: int
 ) -> tuple[Deployment, ...]:
-    splits = WEIGHT_SPLITS if ranks > 1 else WEIGHT_SPLITS[:1]
-    return tuple(_deployment(architecture, question, constants, ranks, split) for split in splits)
+    splits = WEIGHT_SPLITS if 1 < ranks <= architecture.vocab_size else WEIGHT_SPLITS[:1]
+    return tuple(_deployment(Partition(architecture, split, 0, ranks), question, constants) for split in splits)
 
 
-def _deployment(
-    architecture: Architecture, question: Question, constants: Constants, ranks: int, split: WeightSplit
-) -> Deployment:
+def _deployment(partition: Partition, question: Question, constants: Constants) -> Deployment:
     dtype_bytes = DTYPE_BYTES[question.dtype]
-    whole = weight_bytes(architecture, dtype_bytes)
-    memory = _memory(architecture, question, constants, whole.on_one_of(ranks, split))
-    pages = ranks * memory.pages
+    memory = _memory(partition, question, constants)
+    pages = partition.size * memory.pages
     cache_tokens = pages * question.page_tokens
     return Deployment(
-        ranks=ranks,
-        split=split,
+        ranks=partition.size,
+        split=partition.split,
         memory=memory,
         cache_tokens=cache_tokens,
-        longest_context_tokens=min(cache_tokens, architecture.max_positions),
+        longest_context_tokens=min(cache_tokens, partition.architecture.max_positions),
         sequences=pages // -(-question.context_tokens // question.page_tokens),
         decode=decode_time(
-            architecture, memory.weights, split, question.gpu, constants,
-            ranks=ranks, dtype_bytes=dtype_bytes,
-            context_tokens=question.context_tokens, sequences=question.sequences,
+            partition, question.gpu, constants,
+            dtype_bytes=dtype_bytes, context_tokens=question.context_tokens, sequences=question.sequences,
         ),
         prefill=prefill_time(
-            architecture, whole, split, question.gpu, constants,
-            ranks=ranks, dtype_bytes=dtype_bytes, prompt_tokens=question.context_tokens,
+            partition, question.gpu, constants,
+            dtype_bytes=dtype_bytes, prompt_tokens=question.context_tokens,
         ),
     )  # fmt: skip
 
 
-def _memory(architecture: Architecture, question: Question, constants: Constants, weights: WeightBytes) -> Memory:
-    dtype_bytes = DTYPE_BYTES[question.dtype]
+def _memory(partition: Partition, question: Question, constants: Constants) -> Memory:
+    architecture, dtype_bytes = partition.architecture, DTYPE_BYTES[question.dtype]
+    weights = partition.num_parameters * dtype_bytes
     activations = activation_bytes(
         architecture, question.batch, dtype_bytes, page_tokens=question.page_tokens, captures_graphs=True
     )
     kv_bytes_per_token = architecture.kv_bytes_per_token(dtype_bytes)
     budget = question.kv_bytes_per_rank
     if budget is None:
-        budget = int(question.gpu.memory_bytes * constants.memory_share - weights.total - activations)
+        budget = int(question.gpu.memory_bytes * constants.memory_share - weights - activations)
     pages = max(budget, 0) // (kv_bytes_per_token * question.page_tokens)
     return Memory(weights, activations, kv_bytes_per_token, pages, question.page_tokens)

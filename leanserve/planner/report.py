@@ -42,7 +42,7 @@ def _memory_table(plan: Plan) -> Table:
         memory = deployment.memory
         table.add_row(
             deployment.split,
-            f"{memory.weights.total / GIB:.1f}",
+            f"{memory.weights / GIB:.1f}",
             f"{memory.activations / GIB:.1f}",
             f"{memory.kv_bytes / GIB:.1f}" if deployment.fits else "does not fit",
             f"{memory.kv_bytes_per_token:,}",

@@ -6,11 +6,11 @@ crosses between ranks. Estimates: what no machine has measured is marked as assu
 
 import json
 from dataclasses import dataclass, fields, replace
+from math import prod
 from pathlib import Path
 
 from leanserve.contracts.errors import ConfigError
-from leanserve.model.architecture import Architecture
-from leanserve.planner.footprint import WeightBytes, WeightSplit
+from leanserve.model.partition import Partition
 from leanserve.planner.gpus import Gpu
 
 __all__ = ["Constants", "DecodeTime", "PrefillTime", "decode_time", "prefill_time"]
@@ -87,72 +87,67 @@ class PrefillTime:
 
 
 def decode_time(
-    architecture: Architecture,
-    rank_weights: WeightBytes,
-    split: WeightSplit,
+    partition: Partition,
     gpu: Gpu,
     constants: Constants,
     *,
-    ranks: int,
     dtype_bytes: int,
     context_tokens: int,
     sequences: int,
 ) -> DecodeTime:
-    """One token for each of `sequences` contexts. Reads happen once a step, whatever the number of sequences."""
-    a = architecture
+    """One token for each of `sequences` contexts, at the rank that holds the most weights.
+
+    Reads happen once a step, whatever the number of sequences.
+    """
+    a, ranks = partition.architecture, partition.size
     seconds_per_byte = 1 / (gpu.bandwidth * constants.bandwidth_share)
     seen_tokens = sum(min(context_tokens, window or context_tokens) for window in a.layer_windows)
     kv_bytes = sequences * seen_tokens * 2 * a.num_kv_heads * a.head_dim * dtype_bytes / ranks
-    calls, wire_bytes = _decode_collectives(a, split, dtype_bytes=dtype_bytes, sequences=sequences)
+    calls = a.num_layers + 1 + partition.collectives  # beside the weights': attention's states, and the step's tokens
+    wire_bytes = _decode_wire_bytes(partition, dtype_bytes=dtype_bytes, sequences=sequences)
     link_s = wire_bytes * (ranks - 1) / (gpu.link * constants.link_share)
     return DecodeTime(
-        weights_ms=rank_weights.read_per_step(a) * seconds_per_byte * 1e3,
+        weights_ms=partition.parameters_read * dtype_bytes * seconds_per_byte * 1e3,
         kv_ms=kv_bytes * seconds_per_byte * 1e3,
         collectives_ms=0.0 if ranks == 1 else calls * constants.collective_us / 1e3 + link_s * 1e3,
         kernels_ms=a.num_layers * constants.layer_us / 1e3,
     )
 
 
-def _decode_collectives(a: Architecture, split: WeightSplit, *, dtype_bytes: int, sequences: int) -> tuple[int, float]:
-    """Calls of a step, and bytes that each rank sends to each other rank in all of them."""
-    states = sequences * a.num_heads * (a.head_dim + 1) * STATE_BYTES
-    hidden = sequences * a.hidden_size * dtype_bytes
-    per_layer, bytes_per_layer = 1, states
-    once = 1  # the step's tokens
-    if split != "replicated":
-        per_layer, bytes_per_layer = per_layer + 1, bytes_per_layer + 2 * hidden
-        once += 2  # the embedding, and the logits
-    if split == "all":
-        heads = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-        per_layer, bytes_per_layer = per_layer + 2, bytes_per_layer + 2 * hidden + sequences * heads * dtype_bytes
-    return a.num_layers * per_layer + once, a.num_layers * bytes_per_layer
+def _decode_wire_bytes(partition: Partition, *, dtype_bytes: int, sequences: int) -> int:
+    """What each rank sends to each other rank in a step."""
+    a = partition.architecture
+    states = a.num_heads * (a.head_dim + 1) * STATE_BYTES
+    return sequences * a.num_layers * (states + _gathered_bytes(partition, dtype_bytes))
+
+
+def _gathered_bytes(partition: Partition, dtype_bytes: int) -> int:
+    """Of one token in one layer, what the collectives of split weights carry."""
+    a = partition.architecture
+    mlp = 2 * a.hidden_size if partition.splits_mlp else 0
+    attention = 2 * a.hidden_size + (a.num_heads + 2 * a.num_kv_heads) * a.head_dim if partition.splits_attention else 0
+    return (mlp + attention) * dtype_bytes
 
 
 def prefill_time(
-    architecture: Architecture,
-    weights: WeightBytes,
-    split: WeightSplit,
+    partition: Partition,
     gpu: Gpu,
     constants: Constants,
     *,
-    ranks: int,
     dtype_bytes: int,
     prompt_tokens: int,
 ) -> PrefillTime:
-    """One prompt without anything cached. `weights` are the whole model's: every rank computes an equal part."""
-    a = architecture
+    """One prompt without anything cached. Every rank computes an equal part of it."""
+    a, ranks = partition.architecture, partition.size
     rate = ranks * gpu.flops * constants.flops_share
-    parameters = (weights.attention + weights.mlp) / dtype_bytes
+    projections = sum(prod(shape) for name, shape in a.tensor_shapes().items() if "_proj." in name)
     pairs = sum(_query_key_pairs(prompt_tokens, window) for window in a.layer_windows)
     queries = a.num_heads * a.head_dim * dtype_bytes
     states = a.num_heads * (a.head_dim + 1) * STATE_BYTES
-    gathered = 0 if split == "replicated" else 2 * a.hidden_size * dtype_bytes
-    if split == "all":
-        gathered += (2 * a.hidden_size + (a.num_heads + 2 * a.num_kv_heads) * a.head_dim) * dtype_bytes
     foreign_tokens = prompt_tokens * (ranks - 1) / ranks
-    wire_bytes = a.num_layers * foreign_tokens * (queries + states + gathered)
+    wire_bytes = a.num_layers * foreign_tokens * (queries + states + _gathered_bytes(partition, dtype_bytes))
     return PrefillTime(
-        linear_s=2 * parameters * prompt_tokens / rate,
+        linear_s=2 * projections * prompt_tokens / rate,
         attention_s=4 * pairs * a.num_heads * a.head_dim / rate,
         wire_s=wire_bytes / (gpu.link * constants.link_share),
     )

@@ -11,7 +11,8 @@ from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.answer import Answer
 from leanserve.server.chat_request import ChatRequest
 from leanserve.server.choices import Piece, make_choices
-from leanserve.server.serving import Prompt, Serving
+from leanserve.server.prompt_intake import Prompt
+from leanserve.server.serving import Serving
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.server.tool_calls import ToolCallParser, ToolDeltas, ToolFormat
 
@@ -41,12 +42,12 @@ async def prepare_chat(serving: Serving, request: ChatRequest) -> "ChatCompletio
         variables = {"reasoning_effort": request.reasoning_effort, **(request.chat_template_kwargs or {})}
         told = told.model_copy(update={"chat_template_kwargs": variables})
     text = await serving.render(request.messages, told)
-    [prompt] = await serving.prepare([text], request, sampling, info)
+    [prompt] = await serving.prompts.prepare([text], request, sampling, info)
     if request.given_max_tokens is None:
         left = info.max_context_tokens - prompt.num_tokens
         sampling = msgspec.structs.replace(sampling, max_tokens=left)
     name = request.model or serving.model_name
-    return ChatCompletion(request, prompt, sampling, serving.text_tokenizer(), name, serving.tool_format)
+    return ChatCompletion(request, prompt, sampling, serving.prompts.text_tokenizer(), name, serving.tool_format)
 
 
 class ChatCompletion(Answer):

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +10,7 @@ import orjson
 
 from leanserve.contracts.errors import CheckpointError, RequestError
 from leanserve.server.sidecar import Sidecar, SidecarEnded
+from leanserve.server.tokenizer_files import read_tokenizer_file
 
 __all__ = ["ChatTemplate"]
 
@@ -48,8 +48,8 @@ class ChatTemplate:
             CheckpointError: a file that cannot be read.
         """
         directory = Path(model_dir)
-        config = _read_object(directory / "tokenizer_config.json")
-        special = _read_object(directory / "special_tokens_map.json") | config
+        config = read_tokenizer_file(directory / "tokenizer_config.json")
+        special = read_tokenizer_file(directory / "special_tokens_map.json") | config
         templates: dict[str, str] = {}
         given: Any = config.get("chat_template")
         if isinstance(given, str):
@@ -153,16 +153,6 @@ def _template_error(why: str) -> RequestError:
     return RequestError(
         f"this model's chat template cannot render the messages: {why}", param="messages", code="chat_template"
     )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
 
 
 def _token_text(value: object) -> str | None:

@@ -8,7 +8,7 @@ from leanserve.contracts.messages import TokenOutput
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.detokenizer import TextStream
 from leanserve.server.generation_request import GenerationRequest
-from leanserve.server.serving import Prompt
+from leanserve.server.prompt_intake import Prompt
 from leanserve.server.tokenizer import Tokenizer
 
 __all__ = ["Choice", "Piece", "make_choices"]

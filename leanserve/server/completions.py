@@ -12,7 +12,7 @@ from leanserve.server.answer import Answer
 from leanserve.server.choices import Choice, Piece, make_choices
 from leanserve.server.completion_request import CompletionRequest
 from leanserve.server.legacy_logprobs import LegacyLogprobs
-from leanserve.server.serving import Prompt
+from leanserve.server.prompt_intake import Prompt
 from leanserve.server.token_texts import TokenTexts
 from leanserve.server.tokenizer import Tokenizer
 

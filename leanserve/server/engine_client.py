@@ -1,4 +1,4 @@
-"""The engine as the front end sees it: requests in, outputs to their streams; one engine may follow another.
+"""The engine as the front end uses it: requests in, outputs to their streams; one engine may follow another.
 
 Knows requests as token ids, and the engine as the messages it sends; knows nothing of HTTP or of text. When an engine
 dies, live requests wait for the next one and go on where they were.
@@ -12,18 +12,16 @@ import time
 from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 from uuid import uuid4
 
 import msgspec
 
 from leanserve.contracts.config import EngineConfig
-from leanserve.contracts.errors import EngineError, OverloadedError
+from leanserve.contracts.errors import EngineError
 from leanserve.contracts.messages import (
     Abort,
     Configure,
     EngineFailed,
-    EngineInfo,
     EngineReady,
     FromEngine,
     FromRank,
@@ -36,17 +34,14 @@ from leanserve.contracts.messages import (
     TokenOutputs,
 )
 from leanserve.contracts.sampling import FinishReason, SamplingParams
+from leanserve.server.current_engine import CurrentEngine, EngineLoad, first_line
 from leanserve.server.engine_socket import EngineSocket
 from leanserve.server.live_requests import TOKEN_ID_BYTES, LiveRequest, LiveRequests
 from leanserve.server.output_stream import OutputStream
 from leanserve.server.rank_health import RankHealth
-from leanserve.server.restart_budget import WINDOW_S, RestartBudget
 from leanserve.server.statistics import RequestStatistics
 
-__all__ = ["EngineClient", "EngineLoad", "EngineState", "Recovery", "token_bytes"]
-
-EngineState = Literal["loading", "ready", "restarting", "failed"]
-"""restarting: an engine has failed, and another one is to take its place. failed: none is."""
+__all__ = ["EngineClient", "Recovery", "token_bytes"]
 
 _LAST_WORDS_S = 0.1
 """After the engine's connection closes, time for messages that it sent before to arrive."""
@@ -57,20 +52,6 @@ logger = logging.getLogger("leanserve.server")
 def token_bytes(token_ids: Sequence[int]) -> bytes:
     """Token ids as the int32 bytes that `Submit` carries."""
     return array("i", token_ids).tobytes()
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """What the engine said of itself with its newest step."""
-
-    step: int = 0
-    running: int = 0
-    waiting: int = 0
-    pages_used_per_rank: tuple[int, ...] = ()
-    preemptions: int = 0
-    pages_cached_per_rank: tuple[int, ...] = ()
-    prefix_queried_tokens: int = 0
-    prefix_hit_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,30 +88,13 @@ class EngineClient:
         self.address = address
         self._socket = EngineSocket(address, pulse_address, self)
         self._config = config
-        self.state: EngineState = "loading"
-        self.info: EngineInfo | None = None
-        """Known once the engine has been ready."""
-        self.loading: Loading | None = None
-        """The newest progress report, while loading."""
-        self.failure: str | None = None
-        """Why the engine failed, while it has."""
-        self.load = EngineLoad()
+        self._recovery = recovery or Recovery()
+        self.engine = CurrentEngine(self._recovery.max_restarts)
         self.statistics = RequestStatistics()
         self.health = RankHealth(step_timeout_s)
         self.live = LiveRequests()
-        self.attempt = 0
-        """Counts the engines that have come."""
-        self._recovery = recovery or Recovery()
-        self._budget = RestartBudget(self._recovery.max_restarts)
-        self._configure_at = 0.0
-        self._is_attached = False
-        self._vacant_since = time.monotonic()
         self._max_queued_tokens = max_queued_tokens
-        self._last_words: str | None = None
         self._heard_at = time.monotonic()
-        self._settled = asyncio.Event()
-        self._failed = asyncio.Event()
-        self._is_ending = False
         self._configuring: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -143,22 +107,6 @@ class EngineClient:
         if self._configuring is not None:
             self._configuring.cancel()
         await self._socket.close()
-
-    async def wait_ready(self) -> EngineInfo:
-        """Wait until the engine is ready.
-
-        Raises:
-            EngineError: it failed instead.
-        """
-        await self._settled.wait()
-        if self.state == "failed" or self.info is None:
-            raise EngineError(self.failure or "the engine failed")
-        return self.info
-
-    async def wait_failed(self) -> str:
-        """Wait until the engine fails; returns why."""
-        await self._failed.wait()
-        return self.failure or "the engine failed"
 
     async def generate(
         self,
@@ -210,11 +158,6 @@ class EngineClient:
         """How long the engine has owed us something and sent nothing; 0 when it owes nothing."""
         return time.monotonic() - self._heard_at if self.live else 0.0
 
-    @property
-    def vacant_s(self) -> float:
-        """How long no engine has been here."""
-        return 0.0 if self._is_attached else time.monotonic() - self._vacant_since
-
     def trouble(self) -> str | None:
         """What keeps the engine from making progress: a rank that is stuck or silent, or work without a step."""
         troubled = self.health.troubled(time.monotonic())
@@ -226,36 +169,23 @@ class EngineClient:
 
     def fail(self, message: str) -> None:
         """The engine is gone for good: ends every live request with an EngineError."""
-        if self.state != "failed":
-            self.state, self.failure = "failed", message
+        self.engine.fail(message)
         self._end_live(message)
-        self._settled.set()
-        self._failed.set()
 
     def lose(self, message: str) -> None:
         """The engine is gone, say its last message, its connection, or whoever watches its process.
 
         Another one may come: live requests wait for it. Nothing happens while none is here.
         """
-        if not self._is_attached or self.state == "failed":
+        if not self.engine.is_attached or self.engine.state == "failed":
             return
-        self._is_attached = False
-        message, self._last_words = self._last_words or message, None
-        if gone := self.health.gone():
-            message = f"{', '.join(gone)} gone; {message}"
+        restart_in_s = self.engine.lose(message, self.health.gone())
         self.health.forget()
-        now = time.monotonic()
-        delay_s = None if self._is_ending else self._budget.spend(now)
-        if delay_s is None:
-            allowed = self._budget.max_restarts
-            if allowed and not self._is_ending:
-                times = f"{allowed + 1} times within {WINDOW_S / 60:.0f} minutes"
-                message += f"; it failed {times}, and --max-restarts is {allowed}"
-            self.fail(message)
+        failure = self.engine.failure or message
+        if restart_in_s is None:
+            self._end_live(failure)
             return
-        self.state, self.failure, self.loading = "restarting", message, None
-        self._configure_at = now + delay_s
-        self._heard_at = self._vacant_since = now
+        self._heard_at = time.monotonic()
         culprit = self.live.engine_lost()
         if culprit is not None:
             logger.error("request %s was alone on probation when the engine died", culprit.request_id)
@@ -263,14 +193,14 @@ class EngineClient:
                 EngineError("the engine died twice while it worked on this request; it is not tried again")
             )
         if not self._recovery.resume:
-            self._end_live(message)
+            self._end_live(failure)
         logger.error(
             "the engine failed: %s; %d live requests wait for restart %d of %d, in %.0f s",
-            _first_line(message),
+            first_line(failure),
             len(self.live),
-            self._budget.used,
-            self._budget.max_restarts,
-            delay_s,
+            self.engine.budget.used,
+            self.engine.budget.max_restarts,
+            restart_in_s,
         )
 
     def end_all(self, message: str) -> None:
@@ -280,20 +210,11 @@ class EngineClient:
 
     def shut_down_engine(self) -> None:
         """Ask the engine to end every rank; nothing happens when none is connected."""
-        self._is_ending = True
+        self.engine.is_ending = True
         self._socket.send(Shutdown())
 
-    def check_ready(self) -> None:
-        """Raises: OverloadedError while the engine loads or restarts, EngineError when it is gone."""
-        if self.state in ("loading", "restarting"):
-            progress = f" ({self.loading.stage}, {self.loading.done} of {self.loading.total})" if self.loading else ""
-            what = "the model is still loading" if self.state == "loading" else "the engine is being restarted"
-            raise OverloadedError(f"{what}{progress}; try again soon", retry_after_s=2)
-        if self.state == "failed":
-            raise EngineError(f"the engine is not running: {_first_line(self.failure)}")
-
     def _submit(self, stream: OutputStream, request_id: str, prompt_token_ids: bytes, sampling: SamplingParams) -> None:
-        self.check_ready()
+        self.engine.check_ready()
         if sampling.seed is None and not sampling.is_greedy:
             sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
         if not self.live:
@@ -316,7 +237,7 @@ class EngineClient:
 
     def _resume(self) -> None:
         """Give the engine what it may have of the requests that outlived another."""
-        if self.state == "ready":
+        if self.engine.state == "ready":
             for submit in self.live.to_resume():
                 self._socket.send(submit)
 
@@ -326,7 +247,7 @@ class EngineClient:
             self.statistics.ended(request.times, "error")
             self.live.remove(request.request_id)
         for stream in {request.stream for request in requests}:
-            stream.fail(EngineError(f"the engine stopped: {_first_line(message)}"))
+            stream.fail(EngineError(f"the engine stopped: {first_line(message)}"))
 
     def on_engine(self, message: FromEngine) -> None:
         self._heard_at = time.monotonic()
@@ -336,22 +257,20 @@ class EngineClient:
             case Hello():
                 self._welcome()
             case Loading():
-                self._attach()
-                self.loading = message
+                self.engine.attach()
+                self.engine.loading = message
             case EngineReady():
-                self._attach()
-                if self.state == "restarting":
+                self.engine.attach()
+                if self.engine.state == "restarting":
                     logger.warning("the engine is back; %d live requests go on", len(self.live))
-                self.state, self.info, self.loading, self.failure = "ready", message.info, None, None
-                self._budget.note_ready()
-                self._settled.set()
+                self.engine.note_ready(message.info)
                 self._resume()
             case EngineFailed():
                 if message.is_final:
                     logger.error("the engine failed: %s", message.message)
                     self.fail(message.message)
                 else:
-                    self._last_words = self._last_words or message.message
+                    self.engine.note_last_words(message.message)
                     if self.health.ranks:  # others may have more to say of it
                         self._lose_soon()
                     else:
@@ -364,8 +283,8 @@ class EngineClient:
         logger.error("rank %d failed: %s", message.rank, message.message)
         if message.is_final:
             self.fail(f"rank {message.rank}: {message.message}")
-        elif self._is_attached:
-            self._last_words = self._last_words or f"rank {message.rank}: {message.message}"
+        elif self.engine.is_attached:
+            self.engine.note_last_words(f"rank {message.rank}: {message.message}")
 
     def on_unreadable(self) -> None:
         self.fail("it sent a message that cannot be read")
@@ -377,44 +296,26 @@ class EngineClient:
         """Lose the engine, if it is still the same one, when the last words of all ranks have had time to arrive."""
 
         def lose(attempt: int) -> None:
-            if attempt == self.attempt:
-                (self.fail if self._is_ending else self.lose)("its connection closed")
+            if attempt == self.engine.attempt:
+                (self.fail if self.engine.is_ending else self.lose)("its connection closed")
 
-        asyncio.get_running_loop().call_later(_LAST_WORDS_S, lose, self.attempt)
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, lose, self.engine.attempt)
 
     def _welcome(self) -> None:
         """A new engine's first words."""
         self.lose("another engine took its place")
-        if self.state == "failed":
+        if self.engine.state == "failed":
             return
-        self._attach()
+        self.engine.attach()
         if self._config is not None:
             assert self._socket.pulse_address is not None
             configure = Configure(self._config, os.getpid(), self._socket.pulse_address)
-            delay_s = max(self._configure_at - time.monotonic(), 0.0)
-            self._configuring = asyncio.get_running_loop().call_later(delay_s, self._socket.send, configure)
-
-    def _attach(self) -> None:
-        if self._is_attached:
-            return
-        self._is_attached = True
-        self.attempt += 1
-        if self.state == "failed":
-            self.state, self.failure = "loading", None
-            self._settled.clear()
-            self._failed.clear()
+            self._configuring = asyncio.get_running_loop().call_later(
+                self.engine.configure_in_s, self._socket.send, configure
+            )
 
     def _deliver(self, message: TokenOutputs) -> None:
-        self.load = EngineLoad(
-            message.step,
-            message.running,
-            message.waiting,
-            message.pages_used_per_rank,
-            message.preemptions,
-            message.pages_cached_per_rank,
-            message.prefix_queried_tokens,
-            message.prefix_hit_tokens,
-        )
+        self.engine.load = EngineLoad.told_by(message)
         if message.step_report is not None:
             self.statistics.reported(message.step_report)
         now = self.statistics.step()
@@ -434,8 +335,3 @@ class EngineClient:
             request.stream.put(output)
         if self.live.on_probation is not None:
             self._resume()
-
-
-def _first_line(message: str | None) -> str:
-    """What a client may know of a failure; the log has the rest."""
-    return (message or "no reason given").partition("\n")[0]

@@ -102,7 +102,8 @@ class _Requests(_Labelled):
     """The names that vLLM gave to what every engine has."""
 
     def collect(self) -> Iterator[Metric]:
-        load, info, seen = self._client.load, self._client.info, self._client.statistics
+        engine, seen = self._client.engine, self._client.statistics
+        load, info = engine.load, engine.info
         yield self._gauge("num_requests_running", "Requests that hold KV pages.", load.running)
         yield self._gauge("num_requests_waiting", "Requests that wait for pages.", load.waiting)
         total_pages = sum(info.pages_per_rank) if info else 0
@@ -160,7 +161,8 @@ class _Own(_Labelled):
         self._http = http
 
     def collect(self) -> Iterator[Metric]:
-        load, info, http = self._client.load, self._client.info, self._http
+        engine, http = self._client.engine, self._http
+        load, info = engine.load, engine.info
         pages = info.pages_per_rank if info else ()
         used = load.pages_used_per_rank or (0,) * len(pages)
         yield self._gauges("kv_cache_pages_used", "KV pages that live requests hold.", ("rank",), _by_rank(used))
@@ -193,7 +195,7 @@ class _Own(_Labelled):
         )
         yield self._counter("steps", "Steps the engine has completed.", load.step)
         # The first engine of a server that loads has not come yet.
-        restarts = max(self._client.attempt - 1, 0)
+        restarts = max(engine.attempt - 1, 0)
         yield self._counter("engine_restarts", "Engines that took a failed one's place.", restarts)
         now = time.monotonic()
         pulses = [(str(rank), heard) for rank, heard in sorted(self._client.health.ranks.items())]

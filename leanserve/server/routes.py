@@ -14,9 +14,10 @@ from leanserve.server.chat_request import ChatRequest, TokenizeRequest
 from leanserve.server.completion_body import read_completion
 from leanserve.server.completion_request import CompletionRequest
 from leanserve.server.completions import Completion
+from leanserve.server.prompt_intake import check_token_ids
 from leanserve.server.protocol import DetokenizeRequest, ErrorBody
 from leanserve.server.respond import json_body, json_response, respond
-from leanserve.server.serving import Serving, check_token_ids
+from leanserve.server.serving import Serving
 
 __all__ = ["build_router"]
 
@@ -37,9 +38,9 @@ def build_router(serving: Serving) -> APIRouter:
         serving.check_model(body.model)
         sampling = body.sampling()
         info = serving.admit(sampling.n)
-        prompts = await serving.prepare(given, body, sampling, info, keeps_text=bool(body.echo))
+        prompts = await serving.prompts.prepare(given, body, sampling, info, keeps_text=bool(body.echo))
         name = body.model or serving.model_name
-        answer = Completion(body, prompts, sampling, serving.tokenizer, name, info.page_tokens)
+        answer = Completion(body, prompts, sampling, serving.prompts.tokenizer, name, info.page_tokens)
         return await respond(request, serving, answer)
 
     @router.post("/v1/chat/completions", openapi_extra={"requestBody": ChatRequest.openapi()})
@@ -55,8 +56,9 @@ def build_router(serving: Serving) -> APIRouter:
         body = TokenizeRequest.parse(await json_body(request))
         serving.check_model(body.model)
         text = body.prompt if body.messages is None else await serving.render(body.messages, body)
-        [token_ids] = await serving.encode([text or ""], add_special_tokens=body.adds_special_tokens)
-        limit = serving.client.info.max_context_tokens if serving.client.info else None
+        [token_ids] = await serving.prompts.encode([text or ""], add_special_tokens=body.adds_special_tokens)
+        info = serving.client.engine.info
+        limit = None if info is None else info.max_context_tokens
         tokens = np.frombuffer(token_ids, dtype=np.int32)
         return json_response({"count": len(token_ids), "max_model_len": limit, "tokens": tokens})
 
@@ -64,7 +66,7 @@ def build_router(serving: Serving) -> APIRouter:
     async def detokenize(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         body = DetokenizeRequest.parse(await json_body(request))
         serving.check_model(body.model)
-        tokenizer = serving.text_tokenizer()
+        tokenizer = serving.prompts.text_tokenizer()
         check_token_ids(body.tokens, tokenizer.vocab_size, "tokens")
         text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
         return json_response({"prompt": text})
@@ -82,21 +84,21 @@ def build_router(serving: Serving) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
-        client = serving.client
-        if client.state == "failed":
-            client.check_ready()
+        client, engine = serving.client, serving.client.engine
+        if engine.state == "failed":
+            engine.check_ready()
         trouble = client.trouble()
         if trouble is not None:
             raise EngineError(trouble)
         return json_response(
             {
                 "status": "ok",
-                "state": client.state,
-                "running": client.load.running,
-                "waiting": client.load.waiting,
+                "state": engine.state,
+                "running": engine.load.running,
+                "waiting": engine.load.waiting,
                 "live_requests": client.live_requests,
                 "silent_s": round(client.silent_s, 3),
-                "pages_used_per_rank": client.load.pages_used_per_rank,
+                "pages_used_per_rank": engine.load.pages_used_per_rank,
                 "ranks": client.health.report(time.monotonic()),
             }
         )
@@ -126,7 +128,7 @@ def build_router(serving: Serving) -> APIRouter:
 
 
 def _model_card(serving: Serving, name: str) -> dict[str, object]:
-    info = serving.client.info
+    info = serving.client.engine.info
     return {
         "id": name,
         "object": "model",

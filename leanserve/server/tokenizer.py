@@ -1,6 +1,5 @@
 """Text to token ids and back, through the `tokenizers` library alone: transformers' tokenizer classes import torch."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, cast
 import tokenizers
 
 from leanserve.contracts.errors import CheckpointError
+from leanserve.server.tokenizer_files import read_tokenizer_file
 
 __all__ = ["Tokenizer"]
 
@@ -45,9 +45,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from error
-        config = _read_json(directory / "tokenizer_config.json")
+        config = read_tokenizer_file(directory / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
-            config |= _read_json(directory / "special_tokens_map.json")
+            config |= read_tokenizer_file(directory / "special_tokens_map.json")
         _apply_config(backend, config)
         tokenizer = cls(backend)
         tokenizer.directory = directory
@@ -95,18 +95,6 @@ def _byte_characters() -> dict[str, int]:
 
 _BYTE_OF = _byte_characters()
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}; it must hold an object")
-    return cast("dict[str, Any]", content)
 
 
 def _apply_config(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:

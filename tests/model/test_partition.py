@@ -8,10 +8,9 @@ import torch
 from checkpoints import FAMILIES, checkpoint
 from leanserve.contracts.errors import ConfigError
 from leanserve.model.architecture import Architecture, read_architecture
-from leanserve.model.partition import Partition, WeightSplit, even_shares
+from leanserve.model.partition import WEIGHT_SPLITS, Partition, WeightSplit, even_shares
 from leanserve.model.split_choice import CPU_COSTS, GPU_COSTS, SplitChoice, choose_split, describe_split
 
-SPLITS: tuple[WeightSplit, ...] = ("replicated", "mlp", "all")
 H200_BYTES = 141 * 10**9
 
 
@@ -30,7 +29,7 @@ def test_shares_are_even_and_in_order(extent: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", WEIGHT_SPLITS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_parts_of_all_ranks_are_the_model(
     tmp_path_factory: pytest.TempPathFactory, family: str, split: WeightSplit, size: int

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from leanserve.__main__ import app
 from leanserve.bundled import bundled_model_dir
 from leanserve.contracts.errors import ConfigError
 from leanserve.model.architecture import Architecture, read_architecture
-from leanserve.planner.footprint import weight_bytes
+from leanserve.model.partition import Partition
 from leanserve.planner.gpus import GPUS, find_gpu
 from leanserve.planner.plan import Question, make_plan, parse_tokens
 from leanserve.planner.roofline import Constants, decode_time, prefill_time
@@ -51,11 +52,11 @@ def test_every_published_configuration_is_known() -> None:
 def test_bytes_of_published_models_are_exact(name: str, tmp_path: Path) -> None:
     parameters, kv_bytes = KNOWN[name]
     architecture = architecture_of(name, tmp_path)
-    assert weight_bytes(architecture, 2).total == 2 * parameters
     plan = make_plan(
         architecture, Question(gpu=find_gpu("B200"), ranks=1, context_tokens=1024, sequences=1), Constants()
     )
-    assert plan.asked[0].memory.kv_bytes_per_token == kv_bytes
+    memory = plan.asked[0].memory
+    assert (memory.weights, memory.kv_bytes_per_token) == (2 * parameters, kv_bytes)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -77,11 +78,8 @@ def test_memory_is_what_a_server_reports_at_start(ranks: int) -> None:
 def test_a_step_reads_what_it_must(llama: Architecture) -> None:
     """8.03e9 parameters less the embedding, and 128k tokens of keys, at 4.8 TB/s: 15.0 GB and 17.2 GB."""
     perfect = Constants(bandwidth_share=1.0)
-    weights = weight_bytes(llama, 2)
-    step = decode_time(
-        llama, weights, "replicated", find_gpu("H200"), perfect,
-        ranks=1, dtype_bytes=2, context_tokens=131_072, sequences=1,
-    )  # fmt: skip
+    one = Partition(llama, "replicated", 0, 1)
+    step = decode_time(one, find_gpu("H200"), perfect, dtype_bytes=2, context_tokens=131_072, sequences=1)
     read = 2 * (8_030_261_248 - 128_256 * 4096)
     assert step.weights_ms == pytest.approx(read / 4.8e12 * 1e3)
     assert step.kv_ms == pytest.approx(131_072 * 131_072 / 4.8e12 * 1e3)
@@ -90,46 +88,45 @@ def test_a_step_reads_what_it_must(llama: Architecture) -> None:
 
 
 def test_ranks_divide_keys_always_and_weights_where_they_are_split(llama: Architecture) -> None:
-    whole = weight_bytes(llama, 2)
-    assert whole.on_one_of(8, "replicated") == whole
-    mlp, everything = whole.on_one_of(8, "mlp"), whole.on_one_of(8, "all")
-    assert (mlp.attention, mlp.mlp, mlp.vocabulary) == (whole.attention, whole.mlp / 8, whole.vocabulary / 8)
-    assert everything.attention == whole.attention / 8
-    assert everything.total < mlp.total < whole.total
     question = Question(gpu=find_gpu("H200"), ranks=8, context_tokens=131_072, sequences=4)
     plan = make_plan(llama, question, Constants())
+    norms, vocabulary, mlp, attention = 65 * 4096, 2 * 128_256 * 4096, 32 * 3 * 14_336 * 4096, 32 * 10_240 * 4096
+    assert [deployment.memory.weights for deployment in plan.asked] == [
+        2 * (norms + vocabulary + mlp + attention),
+        2 * (norms + (vocabulary + mlp) // 8 + attention),
+        2 * (norms + (vocabulary + mlp + attention) // 8),
+    ]
     one, eight = plan.by_ranks[0].decode, plan.asked[0].decode
     assert one.kv_ms == pytest.approx(8 * eight.kv_ms)
     assert eight.collectives_ms > 0
+
+
+def test_more_ranks_than_tokens_in_the_vocabulary_hold_whole_weights(llama: Architecture) -> None:
+    question = Question(gpu=find_gpu("H200"), ranks=8, context_tokens=1024, sequences=1)
+    plan = make_plan(replace(llama, vocab_size=7), question, Constants())
+    assert [deployment.split for deployment in plan.asked] == ["replicated"]
 
 
 def test_the_wire_of_a_prefill_is_what_the_design_counted(llama: Architecture) -> None:
     """128k tokens of an 8B model on 8 GPUs: 91 GB cross a rank's link for queries and float32 states."""
     gpu = find_gpu("H200")
     constants = Constants(link_share=1.0)
-    prefill = prefill_time(
-        llama, weight_bytes(llama, 2), "replicated", gpu, constants, ranks=8, dtype_bytes=2, prompt_tokens=131_072
-    )
+    prefill = prefill_time(Partition(llama, "replicated", 0, 8), gpu, constants, dtype_bytes=2, prompt_tokens=131_072)
     assert prefill.wire_s * gpu.link == pytest.approx(91e9, rel=0.01)
 
 
 def test_a_window_bounds_reads_and_work(tmp_path: Path) -> None:
     windowed = architecture_of("mistral-7b-v0.1", tmp_path)
     gpu, constants = find_gpu("H100"), Constants()
-    weights = weight_bytes(windowed, 2)
+    one = Partition(windowed, "replicated", 0, 1)
 
     def step_kv_ms(context: int) -> float:
-        return decode_time(
-            windowed, weights, "replicated", gpu, constants,
-            ranks=1, dtype_bytes=2, context_tokens=context, sequences=1,
-        ).kv_ms  # fmt: skip
+        return decode_time(one, gpu, constants, dtype_bytes=2, context_tokens=context, sequences=1).kv_ms
 
     assert step_kv_ms(4096) == step_kv_ms(32_768) == 2 * step_kv_ms(2048)
 
     def attention_s(tokens: int) -> float:
-        return prefill_time(
-            windowed, weights, "replicated", gpu, constants, ranks=1, dtype_bytes=2, prompt_tokens=tokens
-        ).attention_s
+        return prefill_time(one, gpu, constants, dtype_bytes=2, prompt_tokens=tokens).attention_s
 
     assert attention_s(32_768) == pytest.approx(15 * attention_s(4096), rel=1e-3)  # without a window: 64
 

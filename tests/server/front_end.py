@@ -102,7 +102,7 @@ async def live_server(
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, limits=limits) as http:
             if ready:
                 await echo.ready()
-                await client.wait_ready()
+                await client.engine.wait_ready()
             yield Live(echo, client, app.state.serving, http, port, stop, served)
         stop.set()
         await served

@@ -24,7 +24,7 @@ def text_of(live: Live) -> str:
     """The newest prompt that the engine got."""
     from array import array
 
-    tokenizer = live.serving.tokenizer
+    tokenizer = live.serving.prompts.tokenizer
     assert tokenizer is not None
     return tokenizer.decode(array("i", live.engine.submits[-1].prompt_token_ids).tolist(), skip_special_tokens=False)
 
@@ -232,7 +232,7 @@ def test_log_probabilities_have_chats_shape() -> None:
     from leanserve.server.chat import ChatCompletion
     from leanserve.server.chat_request import ChatRequest
     from leanserve.server.choices import Piece
-    from leanserve.server.serving import Prompt
+    from leanserve.server.prompt_intake import Prompt
 
     tokenizer = Tokenizer(byte_level())
     body = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 2}

@@ -367,7 +367,7 @@ def test_sixty_four_streams_of_mixed_lengths() -> None:
 
             await asyncio.gather(*(one(i) for i in range(64)))
             await live.quiet()
-            assert live.client.load.pages_used_per_rank == (0,)
+            assert live.client.engine.load.pages_used_per_rank == (0,)
             assert live.engine.aborts == {}
             assert all(isinstance(submit, Submit) for submit in live.engine.submits)
             assert len({submit.request_id for submit in live.engine.submits}) == 64

@@ -22,15 +22,15 @@ def test_tokens_come_in_order_and_end_once() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
             await engine.ready()
-            info = await client.wait_ready()
-            assert (client.state, info) == ("ready", engine.info)
+            info = await client.engine.wait_ready()
+            assert (client.engine.state, info) == ("ready", engine.info)
             outputs = await outputs_of(client, [5, 6, 11], 7)
             assert [t for output in outputs for t in output.token_ids] == [5, 6, 11, 5, 6, 11, 5]
             assert [output.finish_reason for output in outputs] == [None] * 6 + ["length"]
             assert array("i", engine.submits[0].prompt_token_ids).tolist() == [5, 6, 11]
             assert (client.live_requests, client.silent_s, engine.aborts) == (0, 0.0, {})
-            assert client.load.step == engine.steps
-            assert client.load.pages_used_per_rank == (0,)
+            assert client.engine.load.step == engine.steps
+            assert client.engine.load.pages_used_per_rank == (0,)
 
     run(scenario())
 
@@ -39,7 +39,7 @@ def test_leaving_early_aborts_exactly_once() -> None:
     async def scenario() -> None:
         async with connected(step_s=0.002) as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             outputs = client.generate([5], ENDLESS, request_id="left")
             async for output in outputs:
                 assert output.token_ids == [5]
@@ -62,7 +62,7 @@ def test_a_request_that_ended_is_not_aborted() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("r", token_bytes([5]), SamplingParams(max_tokens=1))
             await asyncio.sleep(0.1)  # the end has come, and nobody has read it
@@ -78,7 +78,7 @@ def test_several_requests_share_a_stream() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("a", token_bytes([5]), SamplingParams(max_tokens=3))
             stream.submit("b", token_bytes([6]), SamplingParams(max_tokens=5))
@@ -101,7 +101,7 @@ def test_silence_is_told_apart_from_an_end() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("r", token_bytes([engine.stall_token]), ENDLESS)
             assert await stream.next(0.02) is None
@@ -121,7 +121,7 @@ def test_before_it_is_ready_and_after_it_failed() -> None:
             await asyncio.sleep(0.05)
             with pytest.raises(OverloadedError, match="weights, 1 of 2"):
                 await outputs_of(client, [5], 1)
-            waiting = asyncio.create_task(client.wait_ready())
+            waiting = asyncio.create_task(client.engine.wait_ready())
             await engine.fail("out of memory\nTraceback: secret")
             with pytest.raises(EngineError, match="out of memory"):
                 await waiting
@@ -136,7 +136,7 @@ def test_a_failing_engine_ends_each_request_once() -> None:
     async def scenario() -> None:
         async with connected(fail_after_steps=3, step_s=0.01) as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             ended: list[str] = []
 
             async def consume(name: str) -> None:
@@ -148,9 +148,9 @@ def test_a_failing_engine_ends_each_request_once() -> None:
 
             await asyncio.gather(*(consume(f"r{i}") for i in range(20)))
             assert sorted(ended) == sorted(f"r{i}" for i in range(20))
-            assert (client.state, client.live_requests) == ("failed", 0)
+            assert (client.engine.state, client.live_requests) == ("failed", 0)
             client.fail("said again")
-            assert client.failure == "it was told to"
+            assert client.engine.failure == "it was told to"
 
     run(scenario())
 
@@ -161,21 +161,21 @@ def test_an_engine_that_vanishes_is_noticed_and_another_takes_over() -> None:
 
         async with connected(step_s=0.005) as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             request = asyncio.create_task(outputs_of(client, [5], 1_000_000))
             await asyncio.sleep(0.05)
             await engine.close()
             with pytest.raises(EngineError, match="connection closed"):
                 await request
-            assert client.state == "failed"
+            assert client.engine.state == "failed"
             another = EchoEngine(client.address)
             try:
                 await another.load()
                 await another.ready()
                 async with asyncio.timeout(5):
-                    while client.state != "ready":
+                    while client.engine.state != "ready":
                         await asyncio.sleep(0.01)
-                await client.wait_ready()
+                await client.engine.wait_ready()
                 assert len(await outputs_of(client, [5, 6], 4)) == 4
             finally:
                 await another.close()
@@ -187,13 +187,13 @@ def test_an_error_of_one_request_leaves_the_others() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             bad = asyncio.create_task(outputs_of(client, [engine.error_token], 9))
             good = asyncio.create_task(outputs_of(client, [5], 9))
             with pytest.raises(EngineError, match="odd case"):
                 await bad
             assert len(await good) == 9
-            assert client.state == "ready"
+            assert client.engine.state == "ready"
 
     run(scenario())
 
@@ -202,7 +202,7 @@ def test_a_slow_reader_is_bounded() -> None:
     async def scenario() -> None:
         async with connected(max_queued_tokens=50) as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("slow", token_bytes([5]), ENDLESS)
             async with asyncio.timeout(5):
@@ -220,10 +220,10 @@ def test_a_message_that_cannot_be_read_is_a_failure_and_not_a_hang() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             await engine.send_raw(b"\xc1nonsense")
             async with asyncio.timeout(5):
-                while client.state != "failed":
+                while client.engine.state != "failed":
                     await asyncio.sleep(0.01)
 
     run(scenario())
@@ -233,7 +233,7 @@ def test_what_another_engine_would_need_is_kept() -> None:
     async def scenario() -> None:
         async with connected(step_s=0.005) as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("r", token_bytes([5, 6]), ENDLESS)
             received = [token for _ in range(5) if (output := await stream.next()) for token in output.token_ids]
@@ -250,7 +250,7 @@ def test_shutdown_reaches_the_engine_even_when_the_client_closes_at_once() -> No
     async def scenario() -> None:
         async with connected() as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             client.shut_down_engine()
             await client.close()
             await asyncio.sleep(0.1)

@@ -400,7 +400,7 @@ def test_neither_prompts_nor_tokens_reach_the_log(caplog: pytest.LogCaptureFixtu
             def broken(texts: list[str], **_: object) -> list[list[int]]:
                 raise RuntimeError(texts[0])
 
-            live.serving.tokenizer.encode_batch = broken  # type: ignore[union-attr, method-assign]
+            live.serving.prompts.tokenizer.encode_batch = broken  # type: ignore[union-attr, method-assign]
             response = await live.complete(prompt="a very secret prompt")
             assert is_error(response, 500, "internal")
             assert "secret" not in response.text

@@ -70,7 +70,7 @@ async def real_engine(**settings: Any) -> AsyncIterator[Real]:
     client.start()
     thread = threading.Thread(target=compute)
     thread.start()
-    await client.wait_ready()
+    await client.engine.wait_ready()
     listener = bind_socket("127.0.0.1", 0)
     app = create_app(client, None, ServerSettings(model_names=("real",), **settings))
     ended = asyncio.Event()

@@ -31,12 +31,12 @@ async def tokens_of(client: EngineClient, prompt: list[int], **sampling: Any) ->
 @contextlib.asynccontextmanager
 async def next_engine(client: EngineClient, **options: Any) -> AsyncIterator[EchoEngine]:
     """The engine that takes a dead one's place, ready."""
-    await until(lambda: client.state == "restarting")
+    await until(lambda: client.engine.state == "restarting")
     engine = EchoEngine(client.address, **options)
     try:
         await engine.load()
         await engine.ready()
-        await until(lambda: client.state == "ready")
+        await until(lambda: client.engine.state == "ready")
         yield engine
     finally:
         await engine.close()
@@ -52,12 +52,12 @@ def test_requests_go_on_at_the_next_engine_with_nothing_lost_or_repeated() -> No
     async def scenario() -> None:
         async with connected(step_s=0.003, client_options=RECOVERS) as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             prompts = [[5, 6, 11], [8, 4], [10, 3, 3, 5, 6]]
             requests = [asyncio.create_task(tokens_of(client, prompt, max_tokens=60)) for prompt in prompts]
             await until(lambda: all(len(live.output_token_ids) > 5 for live in client.live) and len(client.live) == 3)
             await engine.close()
-            await until(lambda: client.state == "restarting")
+            await until(lambda: client.engine.state == "restarting")
             with pytest.raises(OverloadedError, match="restarted"):
                 await tokens_of(client, [5], max_tokens=1)
             async with next_engine(client) as second:
@@ -74,7 +74,7 @@ def test_the_seed_is_drawn_once() -> None:
     async def scenario() -> None:
         async with connected(client_options=RECOVERS) as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             stream = client.open_stream()
             for name, sampling in (
                 ("drawn", SamplingParams()),
@@ -100,7 +100,7 @@ def test_a_request_that_kills_two_engines_is_not_given_to_a_third() -> None:
     async def scenario() -> None:
         async with connected(step_s=0.003, client_options=RECOVERS) as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             others = [asyncio.create_task(tokens_of(client, [5, 6] * n, max_tokens=200)) for n in (1, 2, 9)]
             await until(lambda: len(client.live) == 3)
             deadly = asyncio.create_task(tokens_of(client, [engine.deadly_token] * 6, max_tokens=5))
@@ -108,7 +108,7 @@ def test_a_request_that_kills_two_engines_is_not_given_to_a_third() -> None:
             while not deadly.done():
                 async with next_engine(client, step_s=0.003):
                     engines += 1
-                    await until(lambda: client.state == "restarting" or deadly.done())
+                    await until(lambda: client.engine.state == "restarting" or deadly.done())
             assert engines == 1
             with pytest.raises(EngineError, match="died twice while it worked on this request"):
                 await deadly
@@ -123,7 +123,7 @@ def test_without_resume_requests_end_and_the_next_engine_serves_new_ones() -> No
         options = {"recovery": Recovery(max_restarts=2, resume=False)}
         async with connected(step_s=0.003, client_options=options) as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             request = asyncio.create_task(tokens_of(client, [5], max_tokens=1000))
             await until(lambda: len(engine.submits) == 1)
             await engine.close()
@@ -139,14 +139,17 @@ def test_too_many_failures_are_final_and_the_last_word_says_so() -> None:
     async def scenario() -> None:
         async with connected(step_s=0.003, client_options={"recovery": Recovery(max_restarts=1)}) as (client, engine):
             await engine.ready()
-            await client.wait_ready()
+            await client.engine.wait_ready()
             request = asyncio.create_task(tokens_of(client, [5], max_tokens=10_000))
             await until(lambda: client.live_requests == 1)
             await engine.fail("it fell over")
             async with next_engine(client) as second:
                 await second.fail("it fell over again")
-                await until(lambda: client.state == "failed")
-            assert client.failure == "it fell over again; it failed 2 times within 10 minutes, and --max-restarts is 1"
+                await until(lambda: client.engine.state == "failed")
+            assert (
+                client.engine.failure
+                == "it fell over again; it failed 2 times within 10 minutes, and --max-restarts is 1"
+            )
             with pytest.raises(EngineError, match="fell over again"):
                 await request
 
@@ -157,10 +160,10 @@ def test_an_error_that_would_come_again_is_final_at_once() -> None:
     async def scenario() -> None:
         async with connected(client_options=RECOVERS) as (client, engine):
             await engine.load()
-            await until(lambda: client.loading is not None)
+            await until(lambda: client.engine.loading is not None)
             client.on_engine(EngineFailed("no such checkpoint", is_final=True))
             with pytest.raises(EngineError, match="no such checkpoint"):
-                await client.wait_ready()
+                await client.engine.wait_ready()
 
     run(scenario())
 
@@ -173,7 +176,7 @@ def test_a_stream_lives_through_a_restart_with_keep_alives_and_others_are_told_t
             stream = asyncio.create_task(live.complete(**body))
             await until(lambda: any(len(request.output_token_ids) > 5 for request in live.client.live))
             await live.engine.close()
-            await until(lambda: live.client.state == "restarting")
+            await until(lambda: live.client.engine.state == "restarting")
             refused = await live.complete(prompt=[5], max_tokens=1)
             assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
             assert (await live.http.get("/ready")).status_code == 503
