@@ -87,6 +87,7 @@ class RequestBoundary:
         extra = {
             "event": "request_ended",
             "request_id": facts.request_id,
+            "answer_id": facts.answer_id,
             "status": status,
             "error": facts.error_code,
             "duration_ms": round(duration_ms, 1),

@@ -13,6 +13,8 @@ class RequestFacts:
     """The client's own, if it is one that may be echoed, or ours."""
     arrived_at: float
     """By `time.perf_counter`."""
+    answer_id: str | None = None
+    """What the engine calls it, with a number behind for each choice."""
     key: str | None = None
     """The beginning of the digest of the key that was shown: tells keys apart and nothing else."""
     error_code: str | None = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -17,7 +18,12 @@ import pytest
 from checkpoints import checkpoint, hf_greedy, random_prompts
 from launch.hosts import Hosts, hosts
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
+CAN_MAKE_HOSTS = os.geteuid() == 0 and shutil.which("ip") is not None and shutil.which("unshare") is not None
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(not CAN_MAKE_HOSTS, reason="network namespaces need root, ip and unshare"),
+]
 
 SMALL = ("--ranks", "1", "--device", "cpu", "--page-tokens", "16", "--kv-memory", "8MiB")
 STEP_TIMEOUT_S = 5

@@ -96,7 +96,10 @@ def test_a_full_queue_a_slow_reader_and_a_deadline_are_one_line_each(capsys: Cap
             assert served.status_code == 200
 
     run(scenario())
-    told = {event["request_id"]: event for event in events(capsys) if "request_id" in event}
+    all_told = events(capsys)
+    admitted = {e["request_id"]: e["answer_id"] for e in all_told if e["event"] == "request_admitted"}
+    told = {e["request_id"]: e for e in all_told if "request_id" in e and e["event"] != "request_admitted"}
+    assert admitted == {name: told[name]["answer_id"] for name in ("late", "good")}
     assert {name: (event["event"], event["level"]) for name, event in told.items()} == {
         "too-many": ("request_refused", "warning"),
         "late": ("request_failed", "warning"),
