@@ -24,13 +24,11 @@ JOIN_TIMEOUT_S = 7 * 24 * 3600
 """How long the others wait for a machine that went away."""
 
 
-def run_agent(
-    num_ranks: int, nodes: Nodes, *, module: str = "leanserve.launch.rank", max_restarts: int = WITHOUT_LIMIT
-) -> int:
+def run_agent(num_ranks: int, nodes: Nodes, *, module: str = "rank", max_restarts: int = WITHOUT_LIMIT) -> int:
     """Start this machine's ranks, as often as it takes, and wait for them. Returns the exit code.
 
     Args:
-        module: what a rank runs.
+        module: of this package, what a rank runs.
     """
     open_log_of_rank()
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's own log; ours says what failed
@@ -58,7 +56,7 @@ def run_agent(
             f"--local-addr={address_towards(nodes.host)}",
         ]
     try:
-        torchrun([*arguments, "-m", module])
+        torchrun([*arguments, "-m", f"leanserve.launch.{module}"])
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             _tell(f"rank {rank}", failure.pid, failure.exitcode)

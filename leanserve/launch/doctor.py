@@ -181,7 +181,7 @@ class Doctor:
         config = self.options.engine_config(self.options.find_model())
         (run_dir / TRIAL_ORDERS_FILE).write_bytes(msgspec.json.encode(TrialOrders(config, os.getpid())))
         with tempfile.TemporaryFile() as output:
-            ranks = RanksProcess(count, run_dir, module="leanserve.launch.gather_trial", max_restarts=0, output=output)
+            ranks = RanksProcess(count, run_dir, module="gather_trial", max_restarts=0, output=output)
             deadline = time.monotonic() + TRIAL_S
             try:
                 while ranks.exit_code is None and time.monotonic() < deadline:

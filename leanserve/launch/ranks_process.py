@@ -35,7 +35,7 @@ class RanksProcess:
     """Starts `num_ranks` ranks on this machine, and ends them.
 
     Args:
-        module: what a rank runs.
+        module: of this package, what a rank runs.
         max_restarts: how often all of them are started again after one has failed.
         output: takes what they print; None: they print where this process does.
     """
@@ -46,7 +46,7 @@ class RanksProcess:
         run_dir: Path,
         nodes: Nodes | None = None,
         *,
-        module: str = "leanserve.launch.rank",
+        module: str = "rank",
         max_restarts: int = WITHOUT_LIMIT,
         output: IO[bytes] | None = None,
     ) -> None:
