@@ -1,4 +1,4 @@
-"""The command line: serve | generate | demo | loadtest | plan | bench."""
+"""The command line: serve | generate | demo | loadtest | plan | bench | doctor."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ from leanserve.launch.model_options import (
     count_or_auto,
     size_or_auto,
 )
-from leanserve.launch.serve_command import serve
+from leanserve.launch.serve_command import HTTP, serve
 from leanserve.loadtest.commands import loadtest_app
 
 __all__ = ["main"]
@@ -170,6 +170,35 @@ def plan(
     print_plan(result, Console(highlight=False))
     if plot is not None:
         draw_plan(result, plot)
+
+
+@app.command()
+def doctor(
+    ranks: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto", help="To start for the trial. auto: every usable GPU, else 2.", rich_help_panel=RANKS
+        ),
+    ] = "auto",
+    device: DeviceOption = DeviceChoice.auto,
+    comm: CommOption = CommChoice.auto,
+    host: Annotated[str, typer.Option(help="Address a server is to listen on.", rich_help_panel=HTTP)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Is it free?", rich_help_panel=HTTP)] = 8000,
+) -> None:
+    """Say what is here, and whether a server can work: versions, GPUs, memory, limits, and a trial of real ranks.
+
+    The ranks start and meet as those of a server do, and time all-gathers of
+    several sizes. What is wrong comes last, with what to do. The output can be
+    pasted into a bug report: it holds no prompts, keys or variables.
+
+    Exit code 1: something cannot work.
+    """
+    from leanserve.launch.doctor import Doctor
+    from leanserve.launch.options import LaunchOptions
+
+    count = count_or_auto("--ranks", ranks)
+    options = LaunchOptions(ranks=count, device=device.value, comm=comm.value)
+    sys.exit(0 if Doctor(count, options, host=host, port=port).run() else 1)
 
 
 def _print_version(wanted: bool) -> None:

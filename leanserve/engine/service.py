@@ -95,7 +95,8 @@ def _apply(message: ToEngine, engine: Engine, stop: Event) -> TokenOutput | None
     except RequestError as error:
         return TokenOutput(message.request_id, [], finish_reason="error", error=str(error))
     except ValueError as error:
-        logger.error("dropped a request: %s", error)
+        extra = {"event": "request_dropped", "request_id": message.request_id}
+        logger.error("dropped a request: %s", error, extra=extra)
     return None
 
 

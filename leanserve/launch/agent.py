@@ -1,7 +1,7 @@
 """The agent: torchrun as a child of the front end, quiet, tied to the front end's life.
 
-Run as `python -m leanserve.launch.agent RANKS FRONT_END_PID`; not for people. On machines without a front end it is the
-process that `leanserve serve --node-rank N` starts.
+Run by `RanksProcess`; not for people. On machines without a front end it is the process that `leanserve serve
+--node-rank N` starts.
 """
 
 import logging
@@ -12,8 +12,11 @@ import sys
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.place import NODE_RANK_VARIABLE
+from leanserve.server.logs import open_log_of_rank
 
-__all__ = ["run_agent"]
+__all__ = ["WITHOUT_LIMIT", "run_agent"]
+
+logger = logging.getLogger("leanserve.launch")
 
 WITHOUT_LIMIT = 1_000_000
 """Restarts: the front end counts them, and ends the agent."""
@@ -21,8 +24,15 @@ JOIN_TIMEOUT_S = 7 * 24 * 3600
 """How long the others wait for a machine that went away."""
 
 
-def run_agent(num_ranks: int, nodes: Nodes) -> int:
-    """Start this machine's ranks, as often as it takes, and wait for them. Returns the exit code."""
+def run_agent(
+    num_ranks: int, nodes: Nodes, *, module: str = "leanserve.launch.rank", max_restarts: int = WITHOUT_LIMIT
+) -> int:
+    """Start this machine's ranks, as often as it takes, and wait for them. Returns the exit code.
+
+    Args:
+        module: what a rank runs.
+    """
+    open_log_of_rank()
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's own log; ours says what failed
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stores complain at length when their other end dies
     elastic = logging.getLogger("torch.distributed.elastic")
@@ -33,7 +43,7 @@ def run_agent(num_ranks: int, nodes: Nodes) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    arguments = [f"--nproc-per-node={num_ranks}", f"--max-restarts={WITHOUT_LIMIT}", "--rdzv-backend=c10d"]
+    arguments = [f"--nproc-per-node={num_ranks}", f"--max-restarts={max_restarts}", "--rdzv-backend=c10d"]
     if nodes.count == 1:
         arguments += ["--nnodes=1", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     else:
@@ -48,10 +58,10 @@ def run_agent(num_ranks: int, nodes: Nodes) -> int:
             f"--local-addr={address_towards(nodes.host)}",
         ]
     try:
-        torchrun([*arguments, "-m", "leanserve.launch.rank"])
+        torchrun([*arguments, "-m", module])
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
-            print(f"leanserve: rank {rank} (pid {failure.pid}) {_ended(failure.exitcode)}", file=sys.stderr)
+            _tell(f"rank {rank}", failure.pid, failure.exitcode)
         return 1
     except SignalException:
         return 0
@@ -64,7 +74,12 @@ class _FailedRanks(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         match record.args:
             case (int(exit_code), int(local_rank), int(pid), _) if "exitcode" in str(record.msg):
-                print(f"leanserve: local rank {local_rank} (pid {pid}) {_ended(exit_code)}", file=sys.stderr)
+                _tell(f"local rank {local_rank}", pid, exit_code)
+
+
+def _tell(who: str, pid: int, exit_code: int) -> None:
+    extra = {"event": "rank_ended", "pid": pid, "exit_code": exit_code}
+    logger.error("%s (pid %d) %s; all ranks are ended", who, pid, _ended(exit_code), extra=extra)
 
 
 def _ended(exit_code: int) -> str:
@@ -74,6 +89,7 @@ def _ended(exit_code: int) -> str:
 
 
 if __name__ == "__main__":
-    when_gone(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGTERM))
-    count, endpoint = int(sys.argv[3]), sys.argv[4] or None
-    sys.exit(run_agent(int(sys.argv[1]), Nodes(count=count, endpoint=endpoint)))
+    num_ranks, front_end_pid, num_nodes, endpoint, module, max_restarts = sys.argv[1:]
+    when_gone(int(front_end_pid), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    nodes = Nodes(count=int(num_nodes), endpoint=endpoint or None)
+    sys.exit(run_agent(int(num_ranks), nodes, module=module, max_restarts=int(max_restarts)))

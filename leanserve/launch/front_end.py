@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -30,12 +31,14 @@ from leanserve.server.app import create_app
 from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.engine_client import EngineClient, Recovery
 from leanserve.server.http_server import bind_socket, serve_http
-from leanserve.server.logs import open_access_log
+from leanserve.server.logs import LogFormat, LogLevel, open_access_log, open_log
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.server.tool_calls import ToolFormat
 
 __all__ = ["ServeOptions", "serve_until_stopped", "show_loading"]
+
+logger = logging.getLogger("leanserve.launch")
 
 BUNDLED_NAME = "leanserve-bundled"
 
@@ -56,6 +59,9 @@ class ServeOptions:
     max_body_bytes: int = 16 << 20
     queue_timeout_s: float | None = None
     request_timeout_s: float | None = None
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
+    """json: no banner and no progress bar, but one event with the same facts."""
     access_log: str | None = None
     """A file, or - for standard error."""
     metrics_compat: bool = False
@@ -100,9 +106,10 @@ def serve_until_stopped(options: ServeOptions) -> int:
     Raises:
         ConfigError, ModelError: before anything was started.
     """
+    open_log(options.log_level, options.log_format)
     if options.nodes.rank > 0:
         return _run_ranks_only(options)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=options.log_format == "json")
     settings = options.server_settings()
     if options.access_log is not None:
         open_access_log(options.access_log)
@@ -157,6 +164,10 @@ async def _serve(
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
+        what = "does not wait for live requests any longer" if stop.is_set() else "drains"
+        live, limit_s = group.client.live_requests, options.drain_timeout_s
+        extra = {"event": "draining", "live_requests": live}
+        logger.info("a signal came: the server %s (%d live, limit %g s)", what, live, limit_s, extra=extra)
         (hurry if stop.is_set() else stop).set()
 
     loop = asyncio.get_running_loop()
@@ -172,7 +183,10 @@ async def _serve(
         await asyncio.wait({ready, http}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
             example = EXAMPLE_PROMPT if has_text else [1, 2, 3]
-            _print_banner(console, ready.result(), _url(listener, options.host), example)
+            url = _url(listener, options.host)
+            _print_banner(console, ready.result(), url, example)
+            extra = {"event": "ready", "url": url, **_banner(ready.result())}
+            logger.info("ready at %s: %s", url, options.model_name, extra=extra)
             failed = asyncio.create_task(group.client.engine.wait_failed(), name="engine failure")
             await asyncio.wait({failed, http}, return_when=asyncio.FIRST_COMPLETED)
             if failed.done() and not stop.is_set():
@@ -180,7 +194,7 @@ async def _serve(
         else:
             ready.cancel()
     except EngineError as error:
-        console.print(f"[red]leanserve: {escape(str(error))}[/]", soft_wrap=True)
+        logger.error("the server ends: %s", error, extra={"event": "server_failed"})
         exit_code = 1
     finally:
         stop.set()
@@ -218,17 +232,24 @@ async def show_loading(client: EngineClient, console: Console) -> EngineInfo:
     return ready.result()
 
 
+def _banner(info: EngineInfo) -> dict[str, str]:
+    """What was built, in words, by name."""
+    return {
+        "ranks": f"{len(info.pages_per_rank)} x {info.device}, {info.dtype}, {info.attention} attention",
+        "weights": info.weights,
+        "KV cache": describe_cache(info),
+        "context": describe_context(info),
+    }
+
+
 def _print_banner(console: Console, info: EngineInfo, url: str, example: str | list[int]) -> None:
-    ranks = len(info.pages_per_rank)
     body = json.dumps(
         {"prompt": example, "max_tokens": 32} | ({} if isinstance(example, str) else {"return_token_ids": True})
     )
+    facts = "\n".join(f"  {name:<10} {value}" for name, value in _banner(info).items())
     console.print(
         f"""\
-  ranks      {ranks} x {info.device}, {info.dtype}, {info.attention} attention
-  weights    {info.weights}
-  KV cache   {describe_cache(info)}
-  context    {describe_context(info)}
+{escape(facts)}
   serving    [bold]{url}[/]
 
 Try it:

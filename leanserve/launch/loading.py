@@ -25,7 +25,7 @@ from leanserve.model.decoder import Decoder
 from leanserve.model.split_choice import CPU_COSTS, GPU_COSTS, SplitChoice, choose_split, describe_split
 from leanserve.model.weights import load_weights
 from leanserve.server.tokenizer import Tokenizer
-from leanserve.worker.device import choose_device, choose_dtype, describe
+from leanserve.worker.device import choose_comm, choose_device, choose_dtype, describe
 from leanserve.worker.graphs import CudaCapture, supports_graphs
 from leanserve.worker.memory import kv_budget_bytes, memory_per_rank, num_pages
 from leanserve.worker.runner import Runner
@@ -63,7 +63,7 @@ def load_rank(
         ModelError: the checkpoint cannot be served.
     """
     device = choose_device(config.device, place.local_rank, place.local_size, shares_gpu=config.comm == "gloo")
-    comm = config.comm if config.comm != "auto" else ("gloo" if device.type == "cpu" else "nccl")
+    comm = choose_comm(config.comm, device)
     ranks = Ranks.join(rank=place.rank, size=place.size, store=store, backend=comm, device=device)
 
     model_dir = Path(config.model_dir)

@@ -21,13 +21,15 @@ import torch.distributed as dist
 from leanserve import __version__
 from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.errors import ConfigError, EngineError
+from leanserve.launch.own_address import address_towards, interface_of
 from leanserve.launch.place import Place
 
-__all__ = ["Card", "Orders", "compare_cards", "convene", "exchange_cards", "join"]
+__all__ = ["Card", "Orders", "compare_cards", "convene", "exchange_cards", "join", "reach_agent"]
 
 _ADDRESS_KEY = "leanserve/meeting"
 _NONCE_KEY = "leanserve/attempt"
 _ORDERS_KEY = "leanserve/orders"
+_LOOPBACK = "127.0.0.1"
 _PROBE_S = 2.0
 _REREAD_S = 0.1
 _CARDS_TIMEOUT_S = 120.0
@@ -58,6 +60,19 @@ class Card(msgspec.Struct, frozen=True):
     torch: str
     model: str
     """A fingerprint of the checkpoint."""
+
+
+def reach_agent(place: Place, timeout_s: float) -> tuple[dist.TCPStore, str]:
+    """The agent's store, and the address under which the others reach this machine; Gloo is bound to that one."""
+    agent_host = os.environ["MASTER_ADDR"]
+    store = dist.TCPStore(
+        agent_host, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=timeout_s)
+    )
+    host = _LOOPBACK if place.local_size == place.size else address_towards(agent_host)
+    interface = interface_of(host)
+    if interface is not None:  # else torch looks up the machine's name, which may lead anywhere
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return store, host
 
 
 def convene(agent_store: dist.Store, host: str, orders: Orders, timeout_s: float) -> dist.TCPStore:

@@ -5,6 +5,7 @@ lives for one attempt: when any of them fails, torchrun ends them all and starts
 outlives them, configures the next rank 0.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -12,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from threading import Event
 
@@ -39,19 +39,20 @@ from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.service import serve
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.loading import LoadedRank, load_rank
-from leanserve.launch.meeting import Orders, compare_cards, convene, exchange_cards, join
-from leanserve.launch.own_address import address_towards, interface_of
+from leanserve.launch.meeting import Orders, compare_cards, convene, exchange_cards, join, reach_agent
 from leanserve.launch.place import Place
 from leanserve.launch.ranks_process import RUN_DIR_VARIABLE, engine_address
 from leanserve.launch.step_watch import StepWatch, dump_stacks_when_asked
 from leanserve.launch.termination import Termination
 from leanserve.launch.threads import default_threads, user_set_threads
+from leanserve.server.logs import open_log_of_rank
 
 __all__ = ["follow", "main", "make_engine", "run_rank"]
 
+logger = logging.getLogger("leanserve.launch")
+
 CONFIGURE_TIMEOUT_S = 1800.0
 """A front end may first download a model."""
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,11 @@ def run_rank(attach_front_end: Callable[[dist.Store], Path] | None = None) -> in
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
     dump_stacks_when_asked()
     place = Place.from_environment()
+    open_log_of_rank(rank=place.rank, pid=os.getpid())
     when_gone(place.agent_pid, _die)
     if not user_set_threads(place.agent_pid):
         torch.set_num_threads(default_threads(place.local_size))
-    agent_host = os.environ["MASTER_ADDR"]
-    agent_store = dist.TCPStore(
-        agent_host,
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=CONFIGURE_TIMEOUT_S),
-    )
-    host = LOOPBACK if place.local_size == place.size else address_towards(agent_host)
-    interface = interface_of(host)
-    if interface is not None:  # else torch looks up the machine's name, which may lead anywhere
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    agent_store, host = reach_agent(place, CONFIGURE_TIMEOUT_S)
     with zmq.Context() as context:
         termination = None if attach_front_end is None else Termination()
         member = _Member(place, host, agent_store, context, termination)
@@ -104,11 +96,12 @@ def run_rank(attach_front_end: Callable[[dist.Store], Path] | None = None) -> in
             else:
                 _run_other_rank(member)
         except LeanServeError as error:
-            print(f"leanserve: rank {place.rank}: {error}", file=sys.stderr)
+            logger.error("rank %d ends: %s", place.rank, error, extra={"event": "rank_failed"})
             return 1
         except Exception as error:  # most often a collective that broke: the rank that broke it says more
             stack = "".join(traceback.format_tb(error.__traceback__, limit=-4))
-            print(f"leanserve: rank {place.rank}: {type(error).__name__}: {error}\n{stack}", file=sys.stderr)
+            what = f"{type(error).__name__}: {error}"
+            logger.error("rank %d ends: %s", place.rank, what, extra={"event": "rank_failed", "stack": stack})
             return 1
     return 0
 

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
 from leanserve.contracts.config import Device
 from leanserve.contracts.errors import ConfigError
+from leanserve.launch.agent import WITHOUT_LIMIT
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.threads import default_threads
 
@@ -30,9 +32,24 @@ def pulse_address(run_dir: Path) -> str:
 
 
 class RanksProcess:
-    """Starts `num_ranks` ranks on this machine, and ends them."""
+    """Starts `num_ranks` ranks on this machine, and ends them.
 
-    def __init__(self, num_ranks: int, run_dir: Path, nodes: Nodes | None = None) -> None:
+    Args:
+        module: what a rank runs.
+        max_restarts: how often all of them are started again after one has failed.
+        output: takes what they print; None: they print where this process does.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        run_dir: Path,
+        nodes: Nodes | None = None,
+        *,
+        module: str = "leanserve.launch.rank",
+        max_restarts: int = WITHOUT_LIMIT,
+        output: IO[bytes] | None = None,
+    ) -> None:
         nodes = nodes or Nodes()
         environment = os.environ | {RUN_DIR_VARIABLE: str(run_dir)}
         if "OMP_NUM_THREADS" not in os.environ:
@@ -40,11 +57,13 @@ class RanksProcess:
         if nodes.count == 1:
             # Ranks of one machine talk over loopback: no other interface is opened, and no host name is looked up.
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        arguments = (num_ranks, os.getpid(), nodes.count, nodes.endpoint or "")
+        arguments = (num_ranks, os.getpid(), nodes.count, nodes.endpoint or "", module, max_restarts)
         self._agent = subprocess.Popen(
             [sys.executable, "-m", "leanserve.launch.agent", *map(str, arguments)],
             env=environment,
             stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             start_new_session=True,  # Ctrl-C reaches the front end alone, which ends the ranks in order
         )
 

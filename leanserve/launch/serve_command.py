@@ -32,10 +32,22 @@ from leanserve.launch.model_options import (
     size_or_auto,
 )
 
-__all__ = ["serve"]
+__all__ = ["HTTP", "serve"]
 
 HTTP, ACCESS, LIMITS, SIGHT = "HTTP", "Who may ask", "Limits", "What can be seen"
 FAILURES, NODES = "Failures and the end", "Several machines"
+
+
+class LogLevelChoice(StrEnum):
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+class LogFormatChoice(StrEnum):
+    text = "text"
+    json = "json"
 
 
 class MetricsChoice(StrEnum):
@@ -111,6 +123,13 @@ def serve(
     max_body: Annotated[
         str, typer.Option(metavar="SIZE", help="Longest request body.", rich_help_panel=LIMITS)
     ] = "16MiB",
+    log_level: Annotated[LogLevelChoice, typer.Option(help="debug tells of every request.", rich_help_panel=SIGHT)] = (
+        LogLevelChoice.info
+    ),
+    log_format: Annotated[
+        LogFormatChoice,
+        typer.Option(help="json: one object for each event, on stderr, and no banner.", rich_help_panel=SIGHT),
+    ] = LogFormatChoice.text,
     access_log: Annotated[
         str | None,
         typer.Option(
@@ -187,9 +206,11 @@ def serve(
     from leanserve.launch.options import LaunchOptions, parse_bytes
     from leanserve.launch.under_torchrun import serve_under_torchrun, started_by_torchrun
     from leanserve.server.engine_client import Recovery
+    from leanserve.server.logs import open_log
     from leanserve.server.tool_calls import tool_format as find_tool_format
 
     if started_by_torchrun():
+        open_log(log_level.value, log_format.value)
         sys.exit(serve_under_torchrun(sys.argv[1:]))
     options = ServeOptions(
         host=host,
@@ -210,6 +231,8 @@ def serve(
         max_live_requests=max_live_requests,
         max_live_prompt_tokens=max_live_prompt_tokens,
         max_body_bytes=parse_bytes(max_body),
+        log_level=log_level.value,
+        log_format=log_format.value,
         access_log=access_log,
         metrics_compat=metrics_compat is MetricsChoice.vllm,
         tool_format=None if tool_format == "auto" else find_tool_format(tool_format),

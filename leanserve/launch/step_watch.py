@@ -9,6 +9,7 @@ The step itself pays two stores of an attribute for this.
 
 import contextlib
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ from leanserve.launch.lifeline import is_alive
 from leanserve.launch.meeting import Card
 
 __all__ = ["EXIT_STUCK", "StepWatch", "dump_stacks_when_asked", "is_stopped"]
+
+logger = logging.getLogger("leanserve.launch")
 
 EXIT_STUCK = 70
 PULSE_S = 0.5
@@ -145,7 +148,8 @@ class StepWatch:
             named = ", ".join(f"rank {card.rank} (pid {card.pid})" for card in stopped)
             message += f"; stopped, and killed now: {named}"
         tell(RankFailed(self._card.rank, message))
-        print(f"leanserve: rank {self._card.rank}: {message}; the stacks:", file=sys.stderr, flush=True)
+        extra = {"event": "rank_stuck", "stopped_ranks": [card.rank for card in stopped]}
+        logger.error("rank %d gives up and ends: %s; its stacks follow", self._card.rank, message, extra=extra)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         if self._is_first_to_give_up():
             for card in self._neighbours:

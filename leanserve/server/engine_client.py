@@ -46,6 +46,9 @@ __all__ = ["EngineClient", "Recovery", "token_bytes"]
 _LAST_WORDS_S = 0.1
 """After the engine's connection closes, time for messages that it sent before to arrive."""
 
+_IDS_TOLD = 100
+"""Of the requests that lose their engine, in the log."""
+
 logger = logging.getLogger("leanserve.server")
 
 
@@ -188,7 +191,11 @@ class EngineClient:
         self._heard_at = time.monotonic()
         culprit = self.live.engine_lost()
         if culprit is not None:
-            logger.error("request %s was alone on probation when the engine died", culprit.request_id)
+            logger.error(
+                "request %s was alone on probation when the engine died: it is failed, and not tried again",
+                culprit.request_id,
+                extra={"event": "request_poisonous", "request_id": culprit.request_id},
+            )
             culprit.stream.fail(
                 EngineError("the engine died twice while it worked on this request; it is not tried again")
             )
@@ -201,6 +208,7 @@ class EngineClient:
             self.engine.budget.used,
             self.engine.budget.max_restarts,
             restart_in_s,
+            extra={"event": "engine_lost", "request_ids": [request.request_id for request in self.live][:_IDS_TOLD]},
         )
 
     def end_all(self, message: str) -> None:
@@ -262,12 +270,13 @@ class EngineClient:
             case EngineReady():
                 self.engine.attach()
                 if self.engine.state == "restarting":
-                    logger.warning("the engine is back; %d live requests go on", len(self.live))
+                    extra = {"event": "engine_back", "attempt": self.engine.attempt}
+                    logger.warning("the engine is back; %d live requests go on", len(self.live), extra=extra)
                 self.engine.note_ready(message.info)
                 self._resume()
             case EngineFailed():
                 if message.is_final:
-                    logger.error("the engine failed: %s", message.message)
+                    logger.error("the engine failed: %s", message.message, extra={"event": "engine_failed"})
                     self.fail(message.message)
                 else:
                     self.engine.note_last_words(message.message)
@@ -280,7 +289,8 @@ class EngineClient:
         if isinstance(message, Pulse):
             self.health.hear(message, time.monotonic())
             return
-        logger.error("rank %d failed: %s", message.rank, message.message)
+        extra = {"event": "rank_failed", "rank": message.rank}
+        logger.error("rank %d failed: %s", message.rank, message.message, extra=extra)
         if message.is_final:
             self.fail(f"rank {message.rank}: {message.message}")
         elif self.engine.is_attached:

@@ -71,6 +71,11 @@ class ErrorReply:
     code: str | None = None
     headers: dict[str, str] = field(default_factory=dict[str, str])
 
+    @property
+    def failure(self) -> str | None:
+        """For the log: the message, where the client is not to blame. It quotes no input."""
+        return self.message if self.type == "server_error" or self.status == 408 else None
+
     def body(self) -> dict[str, object]:
         message = self.message
         if len(message) > _MAX_MESSAGE_CHARS:
@@ -84,10 +89,11 @@ class ErrorReply:
 class _ErrorResponse(Response):
     def __init__(self, reply: ErrorReply) -> None:
         super().__init__(orjson.dumps(reply.body()), reply.status, reply.headers, media_type="application/json")
-        self._code = reply.code
+        self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        facts_of(scope).error_code = self._code
+        facts = facts_of(scope)
+        facts.error_code, facts.failure = self._reply.code, self._reply.failure
         await super().__call__(scope, receive, send)
 
 

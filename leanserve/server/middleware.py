@@ -1,6 +1,7 @@
 """What surrounds every request, as plain ASGI (wrappers that copy the response break disconnects and streaming)."""
 
 import asyncio
+import logging
 import re
 import time
 from uuid import uuid4
@@ -10,12 +11,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from leanserve.server.errors import BodyTooLargeError, DeadlineError, ErrorReply, error_reply
-from leanserve.server.logs import log_access, log_internal_error, printable
+from leanserve.server.logs import RefusalLog, log_access, log_internal_error, printable
 from leanserve.server.metrics import HttpCounts
 from leanserve.server.request_facts import RequestFacts, facts_of
 from leanserve.server.statistics import Phase
 
 __all__ = ["BodyLimit", "ClientLeft", "RequestBoundary", "refuse_unread"]
+
+logger = logging.getLogger("leanserve.server")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LINGER_S = 1.0
@@ -28,6 +31,7 @@ class RequestBoundary:
     def __init__(self, app: ASGIApp, counts: HttpCounts) -> None:
         self._app = app
         self._counts = counts
+        self._refusals = RefusalLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +56,7 @@ class RequestBoundary:
         except ClientDisconnect:
             self._counts.disconnects["body"] += 1
         except Exception as error:
-            log_internal_error(error)
+            log_internal_error(error, request_id)
             if status == 0:
                 await error_reply(error).response()(scope, receive, send_with_id)
             else:
@@ -65,6 +69,7 @@ class RequestBoundary:
         self._counts.responses[route, status] += 1
         if facts.error_code is not None:
             self._counts.errors[facts.error_code] += 1
+        self._tell(facts, status, (time.perf_counter() - facts.arrived_at) * 1000)
         log_access(
             id=facts.request_id,
             client=scope["client"][0] if scope.get("client") else None,
@@ -77,6 +82,23 @@ class RequestBoundary:
             prompt_tokens=facts.prompt_tokens,
             completion_tokens=facts.completion_tokens,
         )
+
+    def _tell(self, facts: RequestFacts, status: int, duration_ms: float) -> None:
+        extra = {
+            "event": "request_ended",
+            "request_id": facts.request_id,
+            "answer_id": facts.answer_id,
+            "status": status,
+            "error": facts.error_code,
+            "duration_ms": round(duration_ms, 1),
+        }
+        if facts.failure is None:
+            logger.debug("request %s ended with %d after %.0f ms", facts.request_id, status, duration_ms, extra=extra)
+        elif (status, facts.error_code) == (503, "overloaded"):
+            self._refusals.note(facts.request_id, facts.failure)
+        else:
+            extra["event"] = "request_failed"
+            logger.warning("request %s failed and was ended: %s", facts.request_id, facts.failure, extra=extra)
 
 
 class ClientLeft(ClientDisconnect):
@@ -143,7 +165,8 @@ class _Refused(BaseException):
 
 async def refuse_unread(reply: ErrorReply, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer before the body is here, go on reading for a moment, then close the connection."""
-    facts_of(scope).error_code = reply.code
+    facts = facts_of(scope)
+    facts.error_code, facts.failure = reply.code, reply.failure
     response = reply.response()
     response.headers["Connection"] = "close"
     await send({"type": "http.response.start", "status": reply.status, "headers": response.raw_headers})

@@ -1,6 +1,7 @@
 """A generation route's way from a prepared answer to an HTTP response, streamed or whole."""
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from leanserve.server.serving import Serving
 from leanserve.server.sse import EventStream
 
 __all__ = ["json_body", "json_response", "respond"]
+
+logger = logging.getLogger("leanserve.server")
 
 _T = TypeVar("_T")
 
@@ -47,7 +50,9 @@ async def respond(request: Request, serving: Serving, answer: Answer) -> Respons
     """
     serving.admit(len(answer.choices), answer.prompt_tokens)  # again: tokenizing a long text takes a while
     facts = facts_of(request.scope)
-    facts.prompt_tokens = answer.prompt_tokens
+    facts.prompt_tokens, facts.answer_id = answer.prompt_tokens, answer.id
+    extra = {"event": "request_admitted", "request_id": facts.request_id, "answer_id": answer.id}
+    logger.debug("request %s is %s: %d prompt tokens", facts.request_id, answer.id, answer.prompt_tokens, extra=extra)
     outputs = serving.client.open_stream(arrived_at=facts.arrived_at)
     try:
         for choice in answer.choices.values():

@@ -14,7 +14,7 @@ from leanserve.server.errors import error_reply
 from leanserve.server.logs import log_internal_error
 from leanserve.server.metrics import HttpCounts
 from leanserve.server.output_stream import OutputStream
-from leanserve.server.request_facts import facts_of
+from leanserve.server.request_facts import RequestFacts, facts_of
 
 __all__ = ["EventStream"]
 
@@ -29,19 +29,39 @@ class EventStream(StreamingResponse):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         events = _progress_and_events(answer, outputs, keep_alive_s) if answer.tells_progress else None
         events = events or _events(answer, outputs, keep_alive_s)
-        super().__init__(_ended_clearly(events, counts), headers=headers, media_type="text/event-stream")
+        super().__init__(self._ended_clearly(events), headers=headers, media_type="text/event-stream")
+        self._facts: RequestFacts | None = None
         self._answer = answer
         self._outputs = outputs
         self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._facts = facts_of(scope)
         try:
             await super().__call__(scope, receive, send)
         finally:  # a disconnect cancels the sending and leaves the generator where it stands
-            facts_of(scope).completion_tokens = self._answer.completion_tokens
+            self._facts.completion_tokens = self._answer.completion_tokens
             if not self._outputs.finished:
                 self._counts.disconnects[self._outputs.phase] += 1
                 self._outputs.abort()
+
+    async def _ended_clearly(self, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """All events, then [DONE].
+
+        A failure becomes an error frame: clients take a stream that merely ends for a success.
+        """
+        try:
+            async for event in events:
+                yield event
+        except Exception as error:
+            facts = self._facts
+            assert facts is not None, "it is sent by __call__"
+            if not isinstance(error, LeanServeError):
+                log_internal_error(error, facts.request_id)
+            reply = error_reply(error)
+            facts.error_code, facts.failure = str(reply.code), reply.failure
+            yield _frame(reply.body())
+        yield _DONE
 
 
 def _frame(content: dict[str, object]) -> bytes:
@@ -84,20 +104,3 @@ def _comment(answer: Answer, outputs: OutputStream) -> bytes:
         return _KEEP_ALIVE
     progress = answer.progress(outputs)
     return b": prefill %d/%d\n\n" % (progress["processed"], progress["total"])
-
-
-async def _ended_clearly(events: AsyncIterator[bytes], counts: HttpCounts) -> AsyncIterator[bytes]:
-    """All events, then [DONE].
-
-    A failure becomes an error frame: clients take a stream that merely ends for a success.
-    """
-    try:
-        async for event in events:
-            yield event
-    except Exception as error:
-        if not isinstance(error, LeanServeError):
-            log_internal_error(error)
-        reply = error_reply(error)
-        counts.errors[str(reply.code)] += 1
-        yield _frame(reply.body())
-    yield _DONE

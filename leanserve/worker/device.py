@@ -5,14 +5,15 @@
 
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import torch
 
-from leanserve.contracts.config import Device
+from leanserve.contracts.config import Comm, Device
 from leanserve.contracts.errors import ConfigError
 
-__all__ = ["Gpus", "choose_device", "choose_dtype", "describe", "usable_gpus"]
+__all__ = ["Gpus", "choose_comm", "choose_device", "choose_dtype", "describe", "usable_gpus"]
 
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
@@ -70,6 +71,13 @@ def choose_device(wanted: Device, local_rank: int, local_size: int, *, shares_gp
     device = torch.device("cuda", local_rank % gpus.count)
     torch.cuda.set_device(device)
     return device
+
+
+def choose_comm(wanted: Comm, device: torch.device) -> Literal["nccl", "gloo"]:
+    """The library for collectives. auto: Gloo on the CPU, NCCL on a GPU."""
+    if wanted == "auto":
+        return "gloo" if device.type == "cpu" else "nccl"
+    return wanted
 
 
 def choose_dtype(wanted: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:

@@ -2,6 +2,8 @@
 switch for this.
 
 FAULT_DEADLY_TOKEN: computing a prompt that begins with it ends the process, as a bug in a kernel would.
+FAULT_OTHER_VERSION: a rank that says it runs another LeanServe.
+FAULT_GROUP_TIMEOUT: seconds after which a collective that waits is given up; half an hour otherwise.
 FAULT_DIVERGE: a file; the rank named in it (once, then the file is removed) remembers a wrong checksum.
 """
 
@@ -16,6 +18,12 @@ TARGET = "leanserve.worker.runner"
 
 
 def spoil(module: Any) -> None:
+    if os.environ.get("FAULT_OTHER_VERSION") == os.environ.get("RANK"):
+        import leanserve.launch.meeting
+
+        leanserve.launch.meeting.__version__ = "0.0.0"
+    if "FAULT_GROUP_TIMEOUT" in os.environ:
+        module.Ranks.join.__func__.__kwdefaults__["timeout_s"] = float(os.environ["FAULT_GROUP_TIMEOUT"])
     execute = module.Runner.execute
     deadly = int(os.environ.get("FAULT_DEADLY_TOKEN", "-1"))
     diverge = Path(os.environ.get("FAULT_DIVERGE", "/nowhere"))

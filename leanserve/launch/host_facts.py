@@ -1,0 +1,103 @@
+"""What the operating system grants a server here: memory, shared memory, files, places for its sockets."""
+
+import os
+import resource
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["HostFacts", "gib", "host_facts", "judge_host"]
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_LEAST_FILES = 4096
+_LEAST_SHM = 1 << 30
+_LEAST_MEMORY = 2 << 30
+_SOCKET_NAME_CHARS = 104
+"""A path of a Unix socket may be no longer (macOS; Linux allows four more)."""
+_RUN_DIR_CHARS = len("/leanserve-12345678/engine")
+_NO_LIMIT = 1 << 60
+"""The old interface says so with a number near 2**63."""
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """Sizes in bytes; None where there is no such thing, or no limit."""
+
+    memory: int
+    available: int | None
+    cgroup_limit: int | None
+    shm_size: int | None
+    shm_free: int | None
+    open_files: int | None
+    processes: int | None
+    locked_memory: int | None
+    temporary_dir: Path
+
+
+def host_facts() -> HostFacts:
+    """Look."""
+    shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
+    return HostFacts(
+        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        available=_available(),
+        cgroup_limit=_cgroup_limit(),
+        shm_size=None if shm is None else shm.total,
+        shm_free=None if shm is None else shm.free,
+        open_files=_limit(resource.RLIMIT_NOFILE),
+        processes=_limit(resource.RLIMIT_NPROC),
+        locked_memory=_limit(resource.RLIMIT_MEMLOCK),
+        temporary_dir=Path(tempfile.gettempdir()),
+    )
+
+
+def judge_host(facts: HostFacts, *, gpus: int) -> tuple[list[str], list[str]]:
+    """What cannot work with so many GPUs, and what may be too little; each with what to do."""
+    errors: list[str] = []
+    warnings: list[str] = []
+    if facts.shm_free is not None and facts.shm_free < _LEAST_SHM and gpus > 1:
+        errors.append(
+            f"/dev/shm has {gib(facts.shm_free)} free, and NCCL needs it between GPUs; start the container with "
+            "--shm-size=1g or --ipc=host, or empty it"
+        )
+    if len(str(facts.temporary_dir)) + _RUN_DIR_CHARS > _SOCKET_NAME_CHARS:
+        errors.append(f"the path {facts.temporary_dir} is too long for sockets; set TMPDIR to a shorter one")
+    if facts.open_files is not None and facts.open_files < _LEAST_FILES:
+        warnings.append(
+            f"a process may open {facts.open_files} files, and every client takes one; raise it: ulimit -n 65536"
+        )
+    ceiling = min(size for size in (facts.available, facts.cgroup_limit, facts.memory) if size is not None)
+    if ceiling < _LEAST_MEMORY:
+        warnings.append(f"{gib(ceiling)} of memory can be had; weights and KV cache may not fit")
+    return errors, warnings
+
+
+def gib(size: int | None) -> str:
+    """A size for people."""
+    if size is None:
+        return "none"
+    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def _cgroup_limit() -> int | None:
+    for path in _CGROUP_LIMITS:
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdecimal() and int(text) < _NO_LIMIT:
+            return int(text)
+    return None
+
+
+def _limit(number: int) -> int | None:
+    soft, _ = resource.getrlimit(number)
+    return None if soft == resource.RLIM_INFINITY else soft
