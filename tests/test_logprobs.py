@@ -15,13 +15,13 @@ PROMPTS = random_prompts(LENGTHS, seed=31)
 PROMPTS[3] = PROMPTS[4][:17]  # it begins like another
 SCORED = SamplingParams(temperature=0, max_tokens=4, logprobs=3, prompt_logprobs=2)
 PENALIZED = SamplingParams(
-    max_tokens=12,
+    max_tokens=30,
     seed=3,
     presence_penalty=0.5,
     frequency_penalty=0.3,
     repetition_penalty=1.2,
     logit_bias={5: 2.0},
-    min_tokens=12,
+    min_tokens=30,
     logprobs=0,
     prompt_logprobs=0,
 )
@@ -36,7 +36,7 @@ def model_dir(tmp_path_factory):
 
 def cases(model_dir, num_ranks: int) -> dict[str, Case]:
     prompts = [PROMPTS[5], PROMPTS[4], PROMPTS[2], PROMPTS[5][:40]]
-    tight = Case(model_dir, prompts, PENALIZED, pages_per_rank=math.ceil(14 / num_ranks), max_batch_tokens=64)
+    tight = Case(model_dir, prompts, PENALIZED, pages_per_rank=math.ceil(12 / num_ranks), max_batch_tokens=64)
     # Chunks of 13 tokens cut prompts anywhere; some cuts leave one token, which goes through decode.
     return {"chunked": Case(model_dir, PROMPTS, SCORED, max_batch_tokens=13), "tight": tight}
 

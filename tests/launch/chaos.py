@@ -49,6 +49,8 @@ class Tally:
     """By the client."""
     refused: int = 0
     """With 503 and Retry-After."""
+    blamed: int = 0
+    """With the error for a request that was alone when the engine died a second time: here it was chance."""
     wrong: list[str] = field(default_factory=list)
     attacks: list[str] = field(default_factory=list)
     resumed_streams: int = 0
@@ -76,6 +78,8 @@ async def tokens_of(http: httpx.AsyncClient, body: dict[str, Any], *, pause_s: f
                 done += 1
                 continue
             content = json.loads(line.removeprefix("data: "))
+            if "the engine died twice while it worked on this request" in content.get("error", {}).get("message", ""):
+                raise Blamed
             assert "error" not in content, content
             (choice,) = content["choices"]
             if choice["finish_reason"] is not None:
@@ -90,6 +94,10 @@ async def tokens_of(http: httpx.AsyncClient, body: dict[str, Any], *, pause_s: f
 
 class Refused(Exception):
     """503: the server is not serving now."""
+
+
+class Blamed(Exception):
+    """Two attacks in a row hit while this request was being worked on, at the second alone."""
 
 
 class Chaos:
@@ -147,6 +155,9 @@ class Chaos:
             except Refused:
                 self.tally.refused += 1
                 await asyncio.sleep(0.5)
+                continue
+            except Blamed:
+                self.tally.blamed += 1
                 continue
             except Exception as error:
                 self.tally.wrong.append(f"request {which}: {type(error).__name__}: {error}")

@@ -51,6 +51,7 @@ def run_chaos(model_dir: Path, log: Path, duration_s: float, attack_every_s: tup
         assert server.stop(timeout_s=60) == 0
         assert leftovers(processes, run_dir) == []
     assert tally.wrong == []
+    assert tally.blamed < len(tally.attacks), "one attack can be laid to one request, and the first one to none"
     assert tally.finished > 0
     assert tally.resumed_streams > 0
     return chaos
