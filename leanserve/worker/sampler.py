@@ -48,7 +48,6 @@ def sample(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
         logits_MV: float32.
     """
     tokens_M = torch.argmax(logits_MV, dim=-1)
-    # Which way a row goes must depend on the row alone: the two draw from differently ordered distributions.
     random = [m for m, draw in enumerate(draws) if not draw.sampling.is_greedy]
     for draw_rows, rows in (
         (_draw_from_all, [m for m in random if not _truncates(draws[m].sampling)]),
@@ -79,7 +78,9 @@ def _draw_from_likely(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tenso
     probs_MV = probs_MV.masked_fill(before_MV >= _column([p.top_p for p in params], device), 0.0)
     floor_M1 = _column([p.min_p for p in params], device) * probs_MV[:, :1]
     probs_MV = probs_MV.masked_fill(probs_MV < floor_M1, 0.0)
-    return ids_MV.gather(1, _invert(probs_MV, draws).unsqueeze(1)).squeeze(1)
+    # Drawn in the order of ids, not of likelihood: two tokens that are equally likely but for rounding would change
+    # places, and with them what is drawn, from one company of rows to another.
+    return _invert(torch.zeros_like(probs_MV).scatter_(1, ids_MV, probs_MV), draws)
 
 
 def _probabilities(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
@@ -90,9 +91,11 @@ def _probabilities(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
 def _invert(probs_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     """The first place of each row whose cumulative mass exceeds the row's number; never one without mass."""
     cumulative_MV = probs_MV.cumsum(dim=-1)
+    total_M1 = cumulative_MV[:, -1:].contiguous()
     numbers_M1 = _column([uniform(draw.seed, draw.index) for draw in draws], probs_MV.device)
-    places_M1 = torch.searchsorted(cumulative_MV, numbers_M1 * cumulative_MV[:, -1:], right=True)
-    return places_M1.squeeze(1).clamp_(max=probs_MV.shape[1] - 1)
+    below_total_M1 = torch.nextafter(total_M1, torch.zeros_like(total_M1))  # a product may round up to the total
+    sought_M1 = torch.minimum(numbers_M1 * total_M1, below_total_M1)
+    return torch.searchsorted(cumulative_MV, sought_M1, right=True).squeeze(1)
 
 
 def _column(values: list[float], device: torch.device) -> torch.Tensor:

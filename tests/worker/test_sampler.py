@@ -75,6 +75,16 @@ def test_rows_do_not_see_each_other(logits_V):
         assert together == [alone[i] for i in order]
 
 
+def test_tokens_that_are_equally_likely_but_for_rounding_do_not_change_places():
+    """Else what is drawn would change with the company of a row, which changes how its logits are rounded."""
+    generator = torch.Generator().manual_seed(3)
+    logits_V = torch.randn(100, generator=generator).repeat_interleave(2)
+    noise_2V = 1e-6 * torch.randn(2, 200, generator=generator)
+    rows = [Draw(SamplingParams(top_k=150), seed, 0) for seed in range(300)]
+    one, other = (sample((logits_V + noise_V).expand(300, -1), rows) for noise_V in noise_2V)
+    assert torch.equal(one, other)
+
+
 def test_the_stream_of_a_seed_is_uniform_and_its_own():
     numbers = torch.tensor([uniform(42, i) for i in range(20_000)], dtype=torch.float64)
     assert 0 <= float(numbers.min()) <= float(numbers.max()) < 1
