@@ -96,7 +96,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     complete: set[int] = set()
     """Sequences whose structured output is complete with the token they got: nothing may follow."""
     failed: dict[int, str] = {}
-    """Sequences that cannot go on, alone, and why; a token of theirs in token_ids means nothing."""
+    """Sequences that cannot go on, alone, for what their structured outputs ask, and why; a token of theirs in
+    token_ids means nothing."""
 
 
 def step_checksum(step: int, token_ids: Sequence[int]) -> int:

@@ -142,6 +142,10 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     page_owners: bytes = b""
     """In the request's first output that has tokens: the rank that holds each page of the prompt, in order, as uint16
     in native byte order. Told unasked: it is small beside the prompt that was sent (2 bytes a page, 4 a token)."""
+    error_code: str | None = None
+    """With an error that is the request's own fault, and would come again: a stable short word for it."""
+    error_param: str | None = None
+    """The field at fault, if it is known."""
 
 
 class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):

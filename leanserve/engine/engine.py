@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 
+import msgspec
+
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.errors import EngineError, RequestError
 from leanserve.contracts.logprobs import Logprobs
@@ -144,7 +146,9 @@ class Engine:
         outputs = self._prompt_scores(result)
         for place, (sequence, token_id) in enumerate(self._scheduler.complete(batch, result)):
             if sequence.id in result.failed:
-                outputs.append(self._end(sequence, "error", result.failed[sequence.id]))
+                ended = self._end(sequence, "error", result.failed[sequence.id])
+                at_fault = {"error_code": "invalid_grammar", "error_param": "structured_outputs"}
+                outputs.append(msgspec.structs.replace(ended, **at_fault))
                 continue
             reason = sequence.append(token_id)
             if sequence.id in result.complete:

@@ -93,7 +93,15 @@ def _apply(message: ToEngine, engine: Engine, stop: Event) -> TokenOutput | None
     try:
         engine.submit(message)
     except RequestError as error:
-        return TokenOutput(message.request_id, [], finish_reason="error", error=str(error))
+        code = error.code or "invalid_value"
+        return TokenOutput(
+            message.request_id,
+            [],
+            finish_reason="error",
+            error=str(error),
+            error_code=code,
+            error_param=error.param,
+        )
     except ValueError as error:
         extra = {"event": "request_dropped", "request_id": message.request_id}
         logger.error("dropped a request: %s", error, extra=extra)

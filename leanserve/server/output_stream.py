@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedError
+from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedError, RequestError
 from leanserve.contracts.messages import PrefillProgress, TokenOutput
 from leanserve.contracts.sampling import FinishReason, SamplingParams
 from leanserve.server.errors import DeadlineError
@@ -146,7 +146,7 @@ class OutputStream:
             if not self._live:
                 self._lift_deadlines()
         if output.finish_reason in ("error", "abort"):
-            self.fail(EngineError(output.error or "the engine gave up on the request"))
+            self.fail(_error_of(output))
             return
         self._queue.append(output)
         self._queued_tokens += len(output.token_ids)
@@ -193,3 +193,10 @@ class OutputStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _error_of(output: TokenOutput) -> LeanServeError:
+    message = output.error or "the engine gave up on the request"
+    if output.error_code is not None:
+        return RequestError(message, param=output.error_param, code=output.error_code)
+    return EngineError(message)
