@@ -23,6 +23,7 @@ def bench(folder: Path, *arguments: str) -> tuple[str, dict]:
     return run.stdout, json.loads((folder / f"{arguments[0]}.json").read_bytes())
 
 
+@pytest.mark.slow
 def test_bench_prefill_writes_what_it_promises(tmp_path):
     printed, report = bench(tmp_path, "prefill", "--ranks", "1")
     assert "first token within" in printed

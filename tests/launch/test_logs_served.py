@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from checkpoints import checkpoint
 from live_server import LiveServer, live_server
@@ -31,6 +32,7 @@ def pid_of_rank(server: LiveServer, rank: int) -> int:
     raise AssertionError("the ranks say nothing of themselves")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_and_a_stopped_one_are_told(tmp_path_factory, tmp_path) -> None:
     model_dir = checkpoint(tmp_path_factory, "llama")
     log = tmp_path / "log"

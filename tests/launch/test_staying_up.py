@@ -58,7 +58,7 @@ def run_chaos(model_dir: Path, log: Path, duration_s: float, attack_every_s: tup
 
 
 def test_a_short_time_of_chaos(model_dir, tmp_path):
-    tally = run_chaos(model_dir, tmp_path / "log", 25.0, (4.0, 9.0)).tally
+    tally = run_chaos(model_dir, tmp_path / "log", 18.0, (3.0, 6.0)).tally
     assert tally.left > 0
 
 
