@@ -14,6 +14,7 @@ from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.front_end import BUNDLED_NAME, show_loading
 from leanserve.launch.options import LaunchOptions
 from leanserve.server.app import create_app
+from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.http_server import bind_socket, serve_http
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ def own_server(options: LaunchOptions, console: Console, *, host: str = "127.0.0
     num_ranks, _ = options.count_ranks()
     group = EngineGroup(options.engine_config(model_dir), num_ranks=num_ranks, run_dir=make_run_dir())
     settings = ServerSettings(model_names=(options.model or BUNDLED_NAME,))
-    app = create_app(group.client, Tokenizer.from_dir(model_dir), settings)
+    app = create_app(group.client, Tokenizer.from_dir(model_dir), settings, ChatTemplate.from_dir(model_dir))
     stop = asyncio.Event()
     ready: Future[None] = Future()
     runner = asyncio.Runner()

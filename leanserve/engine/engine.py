@@ -147,8 +147,9 @@ class Engine:
         for place, (sequence, token_id) in enumerate(self._scheduler.complete(batch, result)):
             if sequence.id in result.failed:
                 ended = self._end(sequence, "error", result.failed[sequence.id])
-                at_fault = {"error_code": "invalid_grammar", "error_param": "structured_outputs"}
-                outputs.append(msgspec.structs.replace(ended, **at_fault))
+                outputs.append(
+                    msgspec.structs.replace(ended, error_code="invalid_grammar", error_param="structured_outputs")
+                )
                 continue
             reason = sequence.append(token_id)
             if sequence.id in result.complete:
