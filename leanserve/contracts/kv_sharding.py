@@ -1,10 +1,11 @@
 """The sharded KV cache as numbers: how many pages each rank has, and where a granted page lies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-__all__ = ["KvSharding", "PageCopy", "PageGrant"]
+__all__ = ["KvSharding", "PageCopy", "PageGrant", "page_imbalance"]
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,8 @@ class PageCopy(msgspec.Struct, frozen=True, array_like=True, gc=False):
     rank: int
     source: int
     target: int
+
+
+def page_imbalance(used_per_rank: Sequence[int]) -> float:
+    """Pages of the rank that reads most over the mean of all ranks: 1 is even, and N all on one of N ranks."""
+    return max(used_per_rank) * len(used_per_rank) / sum(used_per_rank) if any(used_per_rank) else 1.0

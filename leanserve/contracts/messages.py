@@ -198,12 +198,6 @@ class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
     step_report: StepReport | None = None
     """None in a message between two steps."""
 
-    @property
-    def page_imbalance(self) -> float:
-        """Pages of the rank that reads most over the mean of all ranks: 1 is even, and N all on one of N ranks."""
-        used = self.pages_used_per_rank
-        return max(used) * len(used) / sum(used) if any(used) else 1.0
-
 
 class Pulse(msgspec.Struct, frozen=True, tag="pulse"):
     """A rank lives, sent about every second from a thread of its own, whatever the rank is doing."""

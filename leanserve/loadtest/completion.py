@@ -19,10 +19,6 @@ __all__ = ["CompletionStream", "complete"]
 SLOW_READER_BYTES_PER_S = 2048.0
 
 
-class _StreamError(Exception):
-    """The server reported an error inside the stream."""
-
-
 class CompletionStream:
     """Reads one streamed answer. `on_chunk(arrived_ns, tokens, is_first)` is told of every chunk with tokens."""
 

@@ -13,6 +13,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from leanserve.contracts.kv_sharding import page_imbalance
 from leanserve.server.engine_client import EngineClient
 from leanserve.server.statistics import Histogram
 
@@ -187,11 +188,8 @@ class _Own(_Labelled):
             ("kind",),
             [(("prefill",), seen.step_prefill_tokens), (("decode",), seen.step_decode_tokens)],
         )
-        mean = sum(used) / len(used) if used else 0.0
         yield self._gauge(
-            "kv_cache_imbalance",
-            "Pages used on the fullest rank over the mean; 1 is even.",
-            max(used) / mean if mean else 1.0,
+            "kv_cache_imbalance", "Pages used on the fullest rank over the mean; 1 is even.", page_imbalance(used)
         )
         yield self._counter("steps", "Steps the engine has completed.", load.step)
         # The first engine of a server that loads has not come yet.

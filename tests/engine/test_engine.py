@@ -5,7 +5,7 @@ from engine.workload import CheckedRun, token_bytes, toy_submit
 from leanserve.contracts.batch import Batch, StepResult, step_checksum
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.errors import DesyncError, EngineError, RequestError
-from leanserve.contracts.kv_sharding import KvSharding
+from leanserve.contracts.kv_sharding import KvSharding, page_imbalance
 from leanserve.contracts.messages import Submit, TokenOutput
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.engine.engine import Engine
@@ -176,11 +176,11 @@ def test_the_report_counts_what_the_prefix_cache_was_asked_for_and_held() -> Non
     report = checked.engine.report([])
     assert (report.prefix_queried_tokens, report.prefix_hit_tokens) == (9, 0)
     assert report.pages_cached_per_rank == (2, 1)
-    assert report.page_imbalance == 1
+    assert page_imbalance(report.pages_used_per_rank) == 1
     checked.submit(toy_submit(2, 1, 9, behind=checked.text("r1"), ignore_eos=True))
     checked.step()
     report = checked.engine.report([])
     assert (report.prefix_queried_tokens, report.prefix_hit_tokens) == (20, 9)
     assert report.pages_cached_per_rank == (0, 0)
     assert report.pages_used_per_rank == (2, 1)
-    assert report.page_imbalance == 4 / 3, "two pages where an even share would be one and a half"
+    assert page_imbalance(report.pages_used_per_rank) == 4 / 3, "two pages where an even share would be one and a half"
