@@ -13,6 +13,7 @@ from torch import Tensor
 from lean_attention import portable
 from lean_attention.backend import Backend, choose_backend, refuse_gradients
 from lean_attention.kv_tiles import KvTiles
+from lean_attention.operators import operator
 from lean_attention.paged_kv import PagedKV, check_queries
 from lean_attention.state import OUT_DTYPES, AttentionState
 
@@ -146,8 +147,13 @@ def lean_decode(
     return AttentionState(out, lse)
 
 
+def _empty_states(q, k, v, page_table, lengths, page_positions, k_scale, v_scale, q_positions, plan_tensors,
+                  plan_numbers, sinks, scale, window, softcap, out_dtype, backend):  # fmt: skip
+    return q.new_empty(q.shape, dtype=out_dtype), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
 # The plan's scratch memory is written, but a launch leaves nothing there that another one reads: it is no result.
-@torch.library.custom_op("lean_attention::decode", mutates_args=())
+@operator("decode", fake=_empty_states)
 def _decode(
     q: Tensor,
     k: Tensor,
@@ -181,12 +187,6 @@ def _decode(
         plan = KvTiles(*plan_tensors)
         state = portable.decode(q, kv, plan, scale=scale, softcap=softcap, sinks=sinks, out_dtype=out_dtype)
     return state.out, state.lse
-
-
-@_decode.register_fake
-def _(q, k, v, page_table, lengths, page_positions, k_scale, v_scale, q_positions, plan_tensors, plan_numbers, sinks,
-      scale, window, softcap, out_dtype, backend):  # fmt: skip
-    return q.new_empty(q.shape, dtype=out_dtype), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 def _flatten(plan: "StreamKPlan") -> tuple[list[Tensor], list[int]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lean_attention.backend import Backend, choose_backend, refuse_gradients
+from lean_attention.operators import operator
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 FP8_MAX = 448.0  # the largest finite float8_e4m3fn
@@ -169,7 +170,7 @@ def append_kv(
     _append(k_new, v_new, kv.k, kv.v, kv.page_table, kv.lengths, kv.k_scale, kv.v_scale, pages, slots, backend)
 
 
-@torch.library.custom_op("lean_attention::append_kv", mutates_args=("k", "v"))
+@operator("append_kv", fake=lambda *arguments: None, mutates_args=("k", "v"))
 def _append(
     k_new: Tensor,
     v_new: Tensor,
@@ -197,8 +198,3 @@ def _append(
             rows = rows.float() if scale is None else rows.float() / scale
             rows = rows.clamp(-FP8_MAX, FP8_MAX)
         pool[pages, :, slots] = rows.to(pool.dtype)
-
-
-@_append.register_fake
-def _(k_new, v_new, k, v, page_table, lengths, k_scale, v_scale, pages, slots, backend) -> None:
-    return None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lean_attention.backend import Backend, choose_backend
 from lean_attention.decode import check_softmax_options, check_window
+from lean_attention.operators import operator
 from lean_attention.paged_kv import PagedKV, check_queries
 from lean_attention.state import AttentionState
 
@@ -57,7 +58,12 @@ def lean_prefill(
     return AttentionState(out, lse)
 
 
-@torch.library.custom_op("lean_attention::prefill", mutates_args=())
+def _empty_states(q, k, v, page_table, lengths, page_positions, k_scale, v_scale, q_offsets, q_positions, sinks, scale,
+                  window, softcap, out_dtype, backend):  # fmt: skip
+    return q.new_empty(q.shape, dtype=out_dtype), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@operator("prefill", fake=_empty_states)
 def _prefill(
     q: Tensor,
     k: Tensor,
@@ -83,9 +89,3 @@ def _prefill(
         from lean_attention.portable import prefill
     out, lse = prefill(q, kv, q_offsets, q_positions, scale=scale, window=window, softcap=softcap, sinks=sinks)
     return out.to(out_dtype), lse
-
-
-@_prefill.register_fake
-def _(q, k, v, page_table, lengths, page_positions, k_scale, v_scale, q_offsets, q_positions, sinks, scale, window,
-      softcap, out_dtype, backend):  # fmt: skip
-    return q.new_empty(q.shape, dtype=out_dtype), q.new_empty(q.shape[:2], dtype=torch.float32)

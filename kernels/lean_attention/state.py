@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lean_attention.backend import Backend, choose_backend, refuse_gradients
+from lean_attention.operators import operator
 
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -90,14 +91,13 @@ def merge_in_torch(out_NBHD: Tensor, lse_NBH: Tensor) -> AttentionState:
     return AttentionState((weight * parts).sum(dim=0).to(out_NBHD.dtype), lse)
 
 
-@torch.library.custom_op("lean_attention::merge_states", mutates_args=())
+def _empty_merged(out_NBHD: Tensor, lse_NBH: Tensor) -> tuple[Tensor, Tensor]:
+    return out_NBHD.new_empty(out_NBHD.shape[1:]), lse_NBH.new_empty(lse_NBH.shape[1:])
+
+
+@operator("merge_states", fake=_empty_merged)
 def _merge_on_triton(out_NBHD: Tensor, lse_NBH: Tensor) -> tuple[Tensor, Tensor]:
     from lean_attention.merge import merge_states as merge_on_triton
 
     out, lse = merge_on_triton(out_NBHD, lse_NBH)
     return out, lse
-
-
-@_merge_on_triton.register_fake
-def _(out_NBHD: Tensor, lse_NBH: Tensor) -> tuple[Tensor, Tensor]:
-    return out_NBHD.new_empty(out_NBHD.shape[1:]), lse_NBH.new_empty(lse_NBH.shape[1:])

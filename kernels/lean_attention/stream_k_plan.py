@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lean_attention.operators import operator
 from lean_attention.paged_kv import PagedKV
 from lean_attention.tuning import DecodeTuning, arch_family, check_head_dim, decode_tuning, device_ctas
 
@@ -241,7 +242,11 @@ def plan_stream_k(
     )  # fmt: skip
 
 
-@torch.library.custom_op("lean_attention::deal_tiles", mutates_args=())
+def _empty_work(lengths, page_positions, q_positions, window, page_tokens, kv_heads, num_ctas, min_tiles, tile):
+    return lengths.new_empty(_work_words(lengths.shape[0], num_ctas))
+
+
+@operator("deal_tiles", fake=_empty_work)
 def _deal(
     lengths: Tensor,
     page_positions: Tensor | None,
@@ -271,11 +276,6 @@ def _deal(
         BLOCK=SEQUENCES_AT_ONCE, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return work
-
-
-@_deal.register_fake
-def _(lengths, page_positions, q_positions, window, page_tokens, kv_heads, num_ctas, min_tiles, tile) -> Tensor:
-    return lengths.new_empty(_work_words(lengths.shape[0], num_ctas))
 
 
 def _work_words(num_sequences: int, num_ctas: int) -> int:

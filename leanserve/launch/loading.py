@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch._dynamo  # custom operators import it in their first call, and a step would pay seconds for it
 import torch.distributed as dist
 from llguidance import LLTokenizer
 
