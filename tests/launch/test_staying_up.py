@@ -63,6 +63,14 @@ def test_a_short_time_of_chaos(model_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_minute_of_chaos(model_dir, tmp_path):
+    """CI's, after the tests that everybody runs."""
+    tally = run_chaos(model_dir, tmp_path / "log", 60.0, (6.0, 12.0)).tally
+    assert tally.left > 0
+    assert len(tally.attacks) > 3
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_minutes_of_chaos(model_dir, tmp_path):
     tally = run_chaos(model_dir, tmp_path / "log", 600.0, (20.0, 40.0)).tally
