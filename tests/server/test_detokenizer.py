@@ -89,9 +89,9 @@ def test_bytes_that_never_become_text_cost_linear_time(name: str) -> None:
     bad = tokenizer.backend.token_to_id("ÿ" if name == "byte_level" else "<0xFF>")
     assert bad is not None
     stream = TextStream(tokenizer)
-    began = time.perf_counter()
+    began = time.thread_time()
     text = "".join(stream.push([bad])[0] for _ in range(8000)) + stream.finish()
-    assert time.perf_counter() - began < 2  # DecodeStream: 5 s, four times as much for twice as many
+    assert time.thread_time() - began < 2  # DecodeStream: 5 s, four times as much for twice as many
     assert set(text) == {"\ufffd"}
 
 
@@ -114,7 +114,7 @@ def cut_at_stop(text: str, stops: list[str], *, include: bool) -> tuple[str, str
     return text, None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=st.text(alphabet="abc☃", max_size=30),
     stops=st.lists(st.text(alphabet="abc☃", min_size=1, max_size=5), min_size=1, max_size=4),

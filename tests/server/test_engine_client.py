@@ -9,7 +9,7 @@ from leanserve.contracts.errors import EngineError, OverloadedError
 from leanserve.contracts.messages import TokenOutput
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.engine_client import EngineClient, token_bytes
-from server.front_end import connected, run
+from server.front_end import connected, run, until
 
 ENDLESS = SamplingParams(max_tokens=1_000_000)
 
@@ -48,9 +48,10 @@ def test_leaving_early_aborts_exactly_once() -> None:
             await outputs.aclose()  # type: ignore[attr-defined]
             await outputs.aclose()  # type: ignore[attr-defined]
             task = asyncio.create_task(outputs_of(client, [engine.stall_token], 5))
-            await asyncio.sleep(0.05)
+            await until(lambda: len(engine.submits) == 2)
             task.cancel()
-            await asyncio.sleep(0.05)
+            await until(lambda: not engine.running)
+            await asyncio.sleep(0.05)  # for an abort too many
             assert sorted(engine.aborts.values()) == [1, 1]
             assert engine.aborts["left"] == 1
             assert (client.live_requests, engine.running) == (0, {})
@@ -65,7 +66,7 @@ def test_a_request_that_ended_is_not_aborted() -> None:
             await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("r", token_bytes([5]), SamplingParams(max_tokens=1))
-            await asyncio.sleep(0.1)  # the end has come, and nobody has read it
+            await until(lambda: not client.live_requests)  # the end has come, and nobody has read it
             stream.abort()
             await asyncio.sleep(0.05)
             assert stream.finished
@@ -91,7 +92,7 @@ def test_several_requests_share_a_stream() -> None:
                 if got["c"] == 4:
                     stream.abort("c")
             assert (got["a"], got["b"]) == (3, 5)
-            await asyncio.sleep(0.05)
+            await until(lambda: engine.aborts)
             assert engine.aborts == {"c": 1}
 
     run(scenario())
@@ -118,7 +119,7 @@ def test_before_it_is_ready_and_after_it_failed() -> None:
             with pytest.raises(OverloadedError, match="loading"):
                 await outputs_of(client, [5], 1)
             await engine.load()
-            await asyncio.sleep(0.05)
+            await until(lambda: client.engine.loading is not None)
             with pytest.raises(OverloadedError, match="weights, 1 of 2"):
                 await outputs_of(client, [5], 1)
             waiting = asyncio.create_task(client.engine.wait_ready())
@@ -163,7 +164,7 @@ def test_an_engine_that_vanishes_is_noticed_and_another_takes_over() -> None:
             await engine.ready()
             await client.engine.wait_ready()
             request = asyncio.create_task(outputs_of(client, [5], 1_000_000))
-            await asyncio.sleep(0.05)
+            await until(lambda: engine.submits)
             await engine.close()
             with pytest.raises(EngineError, match="connection closed"):
                 await request
@@ -172,9 +173,7 @@ def test_an_engine_that_vanishes_is_noticed_and_another_takes_over() -> None:
             try:
                 await another.load()
                 await another.ready()
-                async with asyncio.timeout(5):
-                    while client.engine.state != "ready":
-                        await asyncio.sleep(0.01)
+                await until(lambda: client.engine.state == "ready")
                 await client.engine.wait_ready()
                 assert len(await outputs_of(client, [5, 6], 4)) == 4
             finally:
@@ -205,9 +204,7 @@ def test_a_slow_reader_is_bounded() -> None:
             await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("slow", token_bytes([5]), ENDLESS)
-            async with asyncio.timeout(5):
-                while not engine.aborts:
-                    await asyncio.sleep(0.01)
+            await until(lambda: engine.aborts)
             with pytest.raises(OverloadedError, match="at most 50"):  # unread tokens are dropped
                 await stream.next()
             assert stream.finished
@@ -222,9 +219,7 @@ def test_a_message_that_cannot_be_read_is_a_failure_and_not_a_hang() -> None:
             await engine.ready()
             await client.engine.wait_ready()
             await engine.send_raw(b"\xc1nonsense")
-            async with asyncio.timeout(5):
-                while client.engine.state != "failed":
-                    await asyncio.sleep(0.01)
+            await until(lambda: client.engine.state == "failed")
 
     run(scenario())
 
@@ -253,7 +248,6 @@ def test_shutdown_reaches_the_engine_even_when_the_client_closes_at_once() -> No
             await client.engine.wait_ready()
             client.shut_down_engine()
             await client.close()
-            await asyncio.sleep(0.1)
-            assert engine.shutdowns == 1
+            await until(lambda: engine.shutdowns == 1)
 
     run(scenario())

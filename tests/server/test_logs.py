@@ -12,7 +12,7 @@ import pytest
 from leanserve.server import logs
 from leanserve.server.logs import RefusalLog, open_log, open_log_of_rank
 from server.echo_engine import engine_info
-from server.front_end import live_server, run
+from server.front_end import live_server, run, until
 
 Captured = pytest.CaptureFixture[str]
 
@@ -76,18 +76,19 @@ def test_a_full_queue_a_slow_reader_and_a_deadline_are_one_line_each(capsys: Cap
     open_log("debug", "json")
 
     async def scenario() -> None:
-        settings = {"max_live_requests": 1, "queue_timeout_s": 0.2}
+        settings = {"max_live_requests": 1}
         async with live_server(None, max_queued_tokens=50, settings=settings) as live:
             stalled = {"prompt": [live.engine.stall_token], "max_tokens": 3}
             first = asyncio.create_task(
                 live.http.post("/v1/completions", json=stalled, headers={"X-Request-Id": "late"})
             )
-            while not live.client.live_requests:
-                await asyncio.sleep(0.005)
+            await until(lambda: live.client.live_requests)
             refused = await live.http.post(
                 "/v1/completions", json={"prompt": [5]}, headers={"X-Request-Id": "too-many"}
             )
             assert refused.status_code == 503
+            (late,) = live.client.live
+            late.stream.limit(0.01, None)
             assert (await first).status_code == 408
             await live.quiet()
             served = await live.http.post(
@@ -106,7 +107,7 @@ def test_a_full_queue_a_slow_reader_and_a_deadline_are_one_line_each(capsys: Cap
         "good": ("request_ended", "debug"),
     }
     assert "the limit is 1" in told["too-many"]["message"]
-    assert "waited 0.2 s for its turn" in told["late"]["message"]
+    assert "waited 0.01 s for its turn" in told["late"]["message"]
 
 
 def test_a_slow_reader_is_told(capsys: Captured) -> None:
@@ -118,9 +119,7 @@ def test_a_slow_reader_is_told(capsys: Captured) -> None:
             body = {"prompt": [5], "max_tokens": 1_000_000, "stream": True, "return_token_ids": True}
             headers = {"X-Request-Id": "slow"}
             async with live.http.stream("POST", "/v1/completions", json=body, headers=headers):
-                async with asyncio.timeout(20):
-                    while not live.engine.aborts:
-                        await asyncio.sleep(0.01)
+                await until(lambda: live.engine.aborts)
 
     run(scenario())
     (told,) = [event for event in events(capsys) if event.get("request_id") == "slow"]

@@ -18,7 +18,7 @@ from leanserve.server.rank_health import RankHealth
 from leanserve.server.restart_budget import WINDOW_S, RestartBudget
 from leanserve.server.statistics import RequestTimes
 from server.echo_engine import EchoEngine
-from server.front_end import connected, live_server, parse_events, run
+from server.front_end import connected, live_server, parse_events, run, until
 
 RECOVERS: dict[str, Any] = {"recovery": Recovery(max_restarts=10)}
 
@@ -42,15 +42,9 @@ async def next_engine(client: EngineClient, **options: Any) -> AsyncIterator[Ech
         await engine.close()
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 def test_requests_go_on_at_the_next_engine_with_nothing_lost_or_repeated() -> None:
     async def scenario() -> None:
-        async with connected(step_s=0.003, client_options=RECOVERS) as (client, engine):
+        async with connected(pause_at_tokens=10, client_options=RECOVERS) as (client, engine):
             await engine.ready()
             await client.engine.wait_ready()
             prompts = [[5, 6, 11], [8, 4], [10, 3, 3, 5, 6]]
@@ -171,19 +165,27 @@ def test_an_error_that_would_come_again_is_final_at_once() -> None:
 def test_a_stream_lives_through_a_restart_with_keep_alives_and_others_are_told_to_wait() -> None:
     async def scenario() -> None:
         settings = {"keep_alive_s": 0.02}
-        async with live_server(None, step_s=0.003, settings=settings, client_options=RECOVERS) as live:
+        async with live_server(None, pause_at_tokens=10, settings=settings, client_options=RECOVERS) as live:
             body = {"prompt": [5, 6, 11], "max_tokens": 50, "return_token_ids": True, "stream": True}
-            stream = asyncio.create_task(live.complete(**body))
+            text = ""
+
+            async def read() -> None:
+                nonlocal text
+                async with live.http.stream("POST", "/v1/completions", json=body) as response:
+                    async for part in response.aiter_text():
+                        text += part
+
+            stream = asyncio.create_task(read())
             await until(lambda: any(len(request.output_token_ids) > 5 for request in live.client.live))
             await live.engine.close()
             await until(lambda: live.client.engine.state == "restarting")
             refused = await live.complete(prompt=[5], max_tokens=1)
             assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
             assert (await live.http.get("/ready")).status_code == 503
-            await asyncio.sleep(0.1)
+            told = text.count(": keep-alive")
+            await until(lambda: text.count(": keep-alive") >= told + 2)
             async with next_engine(live.client):
-                text = (await stream).text
-                assert text.count(": keep-alive") >= 2
+                await stream
                 chunks = parse_events(text)
                 assert [t for c in chunks for t in c["choices"][0]["token_ids"]] == ([5, 6, 11] * 50)[:50]
                 assert chunks[-1]["choices"][0]["finish_reason"] == "length"
@@ -239,11 +241,11 @@ def test_a_rank_that_is_silent_or_stuck_is_named() -> None:
 
 def test_health_tells_of_trouble() -> None:
     async def scenario() -> None:
-        async with live_server(client_options={"step_timeout_s": 1.0}) as live:
+        async with live_server(client_options={"step_timeout_s": 1000.0}) as live:
             live.client.on_rank(Pulse(0, 1, "here", 3, 0.5))
             good = await live.http.get("/health")
             assert (good.status_code, good.json()["ranks"][0]["step"]) == (200, 3)
-            live.client.on_rank(Pulse(1, 1, "here", 2, 9.0))
+            live.client.on_rank(Pulse(1, 1, "here", 2, 9000.0))
             bad = await live.http.get("/health")
             assert bad.status_code == 503
             assert "rank 1" in bad.json()["error"]["message"]
