@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.messages import EngineInfo
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.own_address import address_towards
-from leanserve.launch.ranks_process import RanksProcess, engine_address, pulse_address
+from leanserve.launch.ranks_process import RanksProcess
+from leanserve.launch.run_dir import engine_address, pulse_address
 from leanserve.server.engine_client import EngineClient, Recovery
 
-__all__ = ["EngineGroup", "Recovery", "make_run_dir"]
+__all__ = ["EngineGroup", "Recovery"]
 
 STOP_PATIENCE_S = 5.0
 """How long ranks may take to end by themselves once told."""
@@ -28,11 +28,6 @@ STACKS_S = 0.3
 """For a rank to write its stacks before it is killed."""
 ARRIVAL_TIMEOUT_S = 120.0
 """For a rank 0 to come, where all ranks are on this machine."""
-
-
-def make_run_dir() -> Path:
-    """A directory for the sockets of one server, readable by this user alone."""
-    return Path(tempfile.mkdtemp(prefix="leanserve-"))
 
 
 class EngineGroup:

@@ -20,11 +20,11 @@ from leanserve.contracts.errors import ConfigError, EngineError
 from leanserve.contracts.messages import EngineInfo
 from leanserve.launch.access import AccessOptions, is_loopback
 from leanserve.launch.capacity import describe_cache, describe_context
-from leanserve.launch.engine_group import EngineGroup, make_run_dir
+from leanserve.launch.engine_group import EngineGroup
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.options import LaunchOptions
-from leanserve.launch.ranks_process import RUN_DIR_VARIABLE
+from leanserve.launch.run_dir import RUN_DIR_VARIABLE, make_run_dir
 from leanserve.launch.under_torchrun import AGENT_PID_VARIABLE, PULSE_HOST_VARIABLE
 from leanserve.model.architecture import read_architecture
 from leanserve.server.app import create_app
@@ -171,7 +171,10 @@ async def _serve(
         (hurry if stop.is_set() else stop).set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal ends it in order; nohup keeps it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         loop.add_signal_handler(number, on_signal)
     http = asyncio.create_task(
         serve_http(app, listener, stop=stop, hurry=hurry, grace_s=options.drain_timeout_s), name="http"
@@ -198,8 +201,10 @@ async def _serve(
         exit_code = 1
     finally:
         stop.set()
-        await http
-        await group.close()
+        try:
+            await http
+        finally:
+            await group.close()
     return exit_code
 
 

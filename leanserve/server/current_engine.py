@@ -127,8 +127,9 @@ class CurrentEngine:
         self._settled.set()
 
     def note_last_words(self, message: str) -> None:
-        """It, or one of its ranks, said why it ends. What is said first counts."""
-        self._last_words = self._last_words or message
+        """It, or one of its ranks, said why it ends. What is said first counts, and nothing after it is gone."""
+        if self.is_attached:
+            self._last_words = self._last_words or message
 
     def lose(self, message: str, gone_ranks: list[str]) -> float | None:
         """It is gone. Returns after how many seconds another one may load; None: there is to be none, it has failed.

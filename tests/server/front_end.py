@@ -77,15 +77,22 @@ def parse_events(text: str) -> list[dict[str, Any]]:
 
 @contextlib.asynccontextmanager
 async def connected(
-    max_queued_tokens: int = 1024, client_options: dict[str, Any] | None = None, **engine: Any
+    max_queued_tokens: int = 1024,
+    client_options: dict[str, Any] | None = None,
+    *,
+    ready: bool = True,
+    **engine: Any,
 ) -> AsyncIterator[tuple[EngineClient, EchoEngine]]:
-    """A client and an engine that has not said it is ready."""
+    """A client and an engine, that has said it is ready or not."""
     directory = tempfile.mkdtemp(prefix="ls-")  # short: ipc addresses end at about 100 characters
     address = f"ipc://{directory}/engine"
     client = EngineClient(address, max_queued_tokens=max_queued_tokens, **(client_options or {}))
     client.start()
     echo = EchoEngine(address, **engine)
     try:
+        if ready:
+            await echo.ready()
+            await client.engine.wait_ready()
         yield client, echo
     finally:
         await echo.close()
@@ -105,7 +112,7 @@ async def live_server(
     chat_template: str | None = None,
     **engine: Any,
 ) -> AsyncIterator[Live]:
-    async with connected(max_queued_tokens, client_options, **engine) as (client, echo):
+    async with connected(max_queued_tokens, client_options, ready=False, **engine) as (client, echo):
         server_settings = ServerSettings(**{"model_names": ("echo", "org/echo"), **(settings or {})})
         template = None if chat_template is None else ChatTemplate({"default": chat_template}, {"bos_token": "<s>"})
         app = create_app(client, tokenizer, server_settings, template)

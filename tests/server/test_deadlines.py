@@ -2,11 +2,15 @@
 
 import asyncio
 import dataclasses
+import gc
+import weakref
 
 import pytest
 
+from leanserve.contracts.errors import EngineError
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.engine_client import token_bytes
+from leanserve.server.output_stream import OutputStream
 from server.front_end import connected, live_server, parse_events, run, until
 
 
@@ -27,9 +31,7 @@ def test_a_request_that_does_not_begin_is_answered_408(stream: bool) -> None:
 
 def test_a_request_that_has_begun_may_take_its_time_in_the_queue_no_longer() -> None:
     async def scenario() -> None:
-        async with connected(step_s=0.005) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
+        async with connected(step_s=0.005) as (client, _):
             stream = client.open_stream()
             stream.submit("r", token_bytes([5, 6]), SamplingParams(max_tokens=20))
             assert await stream.next() is not None
@@ -38,6 +40,24 @@ def test_a_request_that_has_begun_may_take_its_time_in_the_queue_no_longer() -> 
                 output = await stream.next()
             assert output is not None
             assert output.finish_reason == "length"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("end", ["a stop string", "an error"])
+def test_nothing_of_a_stream_that_has_ended_is_kept_until_its_deadline(end: str) -> None:
+    async def scenario() -> None:
+        stream = OutputStream(lambda *_: None, lambda *_: None, 10)
+        stream.submit("r", token_bytes([5]), SamplingParams())
+        stream.limit(None, 3600)
+        if end == "an error":
+            stream.fail(EngineError("it failed"))
+        else:
+            stream.abort("r", reason="stop")
+        kept = weakref.ref(stream)
+        del stream
+        gc.collect()
+        assert kept() is None
 
     run(scenario())
 

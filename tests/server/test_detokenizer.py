@@ -153,6 +153,15 @@ def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     assert stream.stop_string is None
 
 
+def test_a_stop_string_may_begin_before_min_tokens_and_not_end_there() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    stream = TextStream(tokenizer, ["ab", "XY"], min_tokens=4)
+    assert pieces_of(stream, tokenizer.encode("abXYZ")) == ["", "ab", "", "", ""]
+    assert stream.stop_string == "XY"
+    stream = TextStream(tokenizer, ["XY"], min_tokens=9)
+    assert "".join(pieces_of(stream, tokenizer.encode("aXYX"))) == "aXYX"
+
+
 def test_a_stop_string_completed_by_the_flush_counts() -> None:
     tokenizer = TOKENIZERS["byte_level"]
     stream = TextStream(tokenizer, ["\ufffd"])

@@ -1,6 +1,7 @@
 """Requests over the socket: each ends exactly once, whatever happens to it or to the engine."""
 
 import asyncio
+import tempfile
 from array import array
 
 import pytest
@@ -9,6 +10,7 @@ from leanserve.contracts.errors import EngineError, OverloadedError
 from leanserve.contracts.messages import TokenOutput
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.engine_client import EngineClient, token_bytes
+from server.echo_engine import engine_info
 from server.front_end import connected, run, until
 
 ENDLESS = SamplingParams(max_tokens=1_000_000)
@@ -21,9 +23,7 @@ async def outputs_of(client: EngineClient, prompt: list[int], max_tokens: int) -
 def test_tokens_come_in_order_and_end_once() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            info = await client.engine.wait_ready()
-            assert (client.engine.state, info) == ("ready", engine.info)
+            assert (client.engine.state, client.engine.info) == ("ready", engine.info)
             outputs = await outputs_of(client, [5, 6, 11], 7)
             assert [t for output in outputs for t in output.token_ids] == [5, 6, 11, 5, 6, 11, 5]
             assert [output.finish_reason for output in outputs] == [None] * 6 + ["length"]
@@ -38,8 +38,6 @@ def test_tokens_come_in_order_and_end_once() -> None:
 def test_leaving_early_aborts_exactly_once() -> None:
     async def scenario() -> None:
         async with connected(step_s=0.002) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             outputs = client.generate([5], ENDLESS, request_id="left")
             async for output in outputs:
                 assert output.token_ids == [5]
@@ -62,8 +60,6 @@ def test_leaving_early_aborts_exactly_once() -> None:
 def test_a_request_that_ended_is_not_aborted() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("r", token_bytes([5]), SamplingParams(max_tokens=1))
             await until(lambda: not client.live_requests)  # the end has come, and nobody has read it
@@ -78,8 +74,6 @@ def test_a_request_that_ended_is_not_aborted() -> None:
 def test_several_requests_share_a_stream() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("a", token_bytes([5]), SamplingParams(max_tokens=3))
             stream.submit("b", token_bytes([6]), SamplingParams(max_tokens=5))
@@ -101,8 +95,6 @@ def test_several_requests_share_a_stream() -> None:
 def test_silence_is_told_apart_from_an_end() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("r", token_bytes([engine.stall_token]), ENDLESS)
             assert await stream.next(0.02) is None
@@ -115,7 +107,7 @@ def test_silence_is_told_apart_from_an_end() -> None:
 
 def test_before_it_is_ready_and_after_it_failed() -> None:
     async def scenario() -> None:
-        async with connected() as (client, engine):
+        async with connected(ready=False) as (client, engine):
             with pytest.raises(OverloadedError, match="loading"):
                 await outputs_of(client, [5], 1)
             await engine.load()
@@ -133,11 +125,24 @@ def test_before_it_is_ready_and_after_it_failed() -> None:
     run(scenario())
 
 
+def test_a_request_that_comes_when_the_engine_has_just_gone_may_come_again() -> None:
+    async def scenario() -> None:
+        with tempfile.TemporaryDirectory(prefix="ls-") as directory:
+            client = EngineClient(f"ipc://{directory}/engine")
+            client.start()
+            client.engine.attach()
+            client.engine.note_ready(engine_info())
+            with pytest.raises(OverloadedError, match="not connected"):
+                await outputs_of(client, [5], 1)
+            assert client.live_requests == 0
+            await client.close()
+
+    run(scenario())
+
+
 def test_a_failing_engine_ends_each_request_once() -> None:
     async def scenario() -> None:
-        async with connected(fail_after_steps=3, step_s=0.01) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
+        async with connected(fail_after_steps=3, step_s=0.01) as (client, _):
             ended: list[str] = []
 
             async def consume(name: str) -> None:
@@ -161,8 +166,6 @@ def test_an_engine_that_vanishes_is_noticed_and_another_takes_over() -> None:
         from server.echo_engine import EchoEngine
 
         async with connected(step_s=0.005) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             request = asyncio.create_task(outputs_of(client, [5], 1_000_000))
             await until(lambda: engine.submits)
             await engine.close()
@@ -185,8 +188,6 @@ def test_an_engine_that_vanishes_is_noticed_and_another_takes_over() -> None:
 def test_an_error_of_one_request_leaves_the_others() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             bad = asyncio.create_task(outputs_of(client, [engine.error_token], 9))
             good = asyncio.create_task(outputs_of(client, [5], 9))
             with pytest.raises(EngineError, match="odd case"):
@@ -200,8 +201,6 @@ def test_an_error_of_one_request_leaves_the_others() -> None:
 def test_a_slow_reader_is_bounded() -> None:
     async def scenario() -> None:
         async with connected(max_queued_tokens=50) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("slow", token_bytes([5]), ENDLESS)
             await until(lambda: engine.aborts)
@@ -216,8 +215,6 @@ def test_a_slow_reader_is_bounded() -> None:
 def test_a_message_that_cannot_be_read_is_a_failure_and_not_a_hang() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             await engine.send_raw(b"\xc1nonsense")
             await until(lambda: client.engine.state == "failed")
 
@@ -226,9 +223,7 @@ def test_a_message_that_cannot_be_read_is_a_failure_and_not_a_hang() -> None:
 
 def test_what_another_engine_would_need_is_kept() -> None:
     async def scenario() -> None:
-        async with connected(step_s=0.005) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
+        async with connected(step_s=0.005) as (client, _):
             stream = client.open_stream()
             stream.submit("r", token_bytes([5, 6]), ENDLESS)
             received = [token for _ in range(5) if (output := await stream.next()) for token in output.token_ids]
@@ -244,8 +239,6 @@ def test_what_another_engine_would_need_is_kept() -> None:
 def test_shutdown_reaches_the_engine_even_when_the_client_closes_at_once() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             client.shut_down_engine()
             await client.close()
             await until(lambda: engine.shutdowns == 1)

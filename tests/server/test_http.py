@@ -263,7 +263,7 @@ def test_bodies_that_are_too_long_or_too_slow() -> None:
         slow = POST + b"content-length: 9\r\n\r\n{"
         async with live_server(None, settings={"body_timeout_s": 0.2}) as live, sent(live, slow) as (reader, _):
             assert b" 408 " in await reader.readline()
-        async with live_server(None, settings={"max_body_bytes": 100_000}) as live:
+        async with live_server(None, max_queued_tokens=3000, settings={"max_body_bytes": 100_000}) as live:
             running = asyncio.create_task(live.chunks(prompt=[5], max_tokens=3000))
 
             async def parts(count: int) -> Any:
@@ -368,6 +368,25 @@ def test_draining_lets_live_requests_finish_and_nobody_in() -> None:
             assert (await running)[-1]["choices"][0]["finish_reason"] == "length"
             async with asyncio.timeout(PATIENCE_S):  # well before the grace is over
                 await live.served
+
+    run(scenario())
+
+
+def test_draining_waits_for_a_client_that_has_not_read_all_of_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than sockets hold: the engine is done long before the client is."""
+    monkeypatch.setattr("leanserve.server.http_server._CLOSE_S", 0.05)
+
+    async def scenario() -> None:
+        async with live_server(None, tokens_per_output=500, max_queued_tokens=10_000, grace_s=PATIENCE_S) as live:
+            body = {**ENDLESS, "max_tokens": 4000, "logprobs": 20, "return_tokens_as_token_ids": True}
+            async with sent(live, posted(body)) as (reader, _):
+                await until(lambda: live.engine.submits and not live.client.live_requests)
+                live.stop.set()
+                await until(lambda: live.serving.is_draining)
+                await asyncio.sleep(0.2)
+                text = await reader.read()
+            assert text.count(b'"finish_reason":"length"') == 1
+            assert b"data: [DONE]\n\n" in text
 
     run(scenario())
 

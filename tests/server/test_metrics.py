@@ -125,7 +125,7 @@ def test_a_stop_string_counts_as_a_stop() -> None:
     from server.small_tokenizers import byte_level
 
     async def scenario() -> None:
-        async with live_server(Tokenizer(byte_level())) as live:
+        async with live_server(Tokenizer(byte_level()), pause_at_tokens=50) as live:
             for stream in (False, True):
                 body: dict[str, Any] = {"prompt": "The cat sat", "stop": "cat", "max_tokens": 400, "stream": stream}
                 assert (await live.complete(**body)).status_code == 200

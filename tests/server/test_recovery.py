@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from leanserve.contracts.errors import EngineError, OverloadedError
-from leanserve.contracts.messages import EngineFailed, Logprobs, Pulse, TokenOutput, TokenOutputs
+from leanserve.contracts.messages import EngineFailed, Hello, Logprobs, Pulse, TokenOutput, TokenOutputs
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.server.current_engine import CurrentEngine
 from leanserve.server.engine_client import EngineClient, Recovery, token_bytes
 from leanserve.server.live_requests import LiveRequest, LiveRequests
 from leanserve.server.output_stream import OutputStream
@@ -45,8 +46,6 @@ async def next_engine(client: EngineClient, **options: Any) -> AsyncIterator[Ech
 def test_requests_go_on_at_the_next_engine_with_nothing_lost_or_repeated() -> None:
     async def scenario() -> None:
         async with connected(pause_at_tokens=10, client_options=RECOVERS) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             prompts = [[5, 6, 11], [8, 4], [10, 3, 3, 5, 6]]
             requests = [asyncio.create_task(tokens_of(client, prompt, max_tokens=60)) for prompt in prompts]
             await until(lambda: all(len(live.output_token_ids) > 5 for live in client.live) and len(client.live) == 3)
@@ -67,8 +66,6 @@ def test_requests_go_on_at_the_next_engine_with_nothing_lost_or_repeated() -> No
 def test_the_seed_is_drawn_once() -> None:
     async def scenario() -> None:
         async with connected(client_options=RECOVERS) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             stream = client.open_stream()
             for name, sampling in (
                 ("drawn", SamplingParams()),
@@ -93,8 +90,6 @@ def test_the_seed_is_drawn_once() -> None:
 def test_a_request_that_kills_two_engines_is_not_given_to_a_third() -> None:
     async def scenario() -> None:
         async with connected(step_s=0.003, client_options=RECOVERS) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             others = [asyncio.create_task(tokens_of(client, [5, 6] * n, max_tokens=200)) for n in (1, 2, 9)]
             await until(lambda: len(client.live) == 3)
             deadly = asyncio.create_task(tokens_of(client, [engine.deadly_token] * 6, max_tokens=5))
@@ -116,8 +111,6 @@ def test_without_resume_requests_end_and_the_next_engine_serves_new_ones() -> No
     async def scenario() -> None:
         options = {"recovery": Recovery(max_restarts=2, resume=False)}
         async with connected(step_s=0.003, client_options=options) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             request = asyncio.create_task(tokens_of(client, [5], max_tokens=1000))
             await until(lambda: len(engine.submits) == 1)
             await engine.close()
@@ -132,8 +125,6 @@ def test_without_resume_requests_end_and_the_next_engine_serves_new_ones() -> No
 def test_too_many_failures_are_final_and_the_last_word_says_so() -> None:
     async def scenario() -> None:
         async with connected(step_s=0.003, client_options={"recovery": Recovery(max_restarts=1)}) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             request = asyncio.create_task(tokens_of(client, [5], max_tokens=10_000))
             await until(lambda: client.live_requests == 1)
             await engine.fail("it fell over")
@@ -152,7 +143,7 @@ def test_too_many_failures_are_final_and_the_last_word_says_so() -> None:
 
 def test_an_error_that_would_come_again_is_final_at_once() -> None:
     async def scenario() -> None:
-        async with connected(client_options=RECOVERS) as (client, engine):
+        async with connected(client_options=RECOVERS, ready=False) as (client, engine):
             await engine.load()
             await until(lambda: client.engine.loading is not None)
             client.on_engine(EngineFailed("no such checkpoint", is_final=True))
@@ -226,6 +217,30 @@ def test_a_new_engine_waits_longer_each_time_it_does_not_get_to_serve() -> None:
     budget.note_ready()
     assert [budget.spend(now) for now in range(4, 8)] == [0.0, 1.0, 2.0, None]
     assert budget.spend(WINDOW_S + 1.5) == 4.0, "the first two are forgiven"
+
+
+def test_the_last_words_of_an_engine_are_no_other_ones() -> None:
+    engine = CurrentEngine(max_restarts=5)
+    engine.attach()
+    engine.note_last_words("out of memory")
+    engine.lose("its connection closed", [])
+    assert engine.failure == "out of memory"
+    engine.note_last_words("said after the end")
+    engine.attach()
+    engine.lose("its connection closed", [])
+    assert engine.failure == "its connection closed"
+
+
+def test_a_new_engine_is_not_judged_by_what_ranks_of_the_one_before_say_late() -> None:
+    async def scenario() -> None:
+        options = {"recovery": Recovery(max_restarts=5), "step_timeout_s": 5.0}
+        async with connected(client_options=options) as (client, _):
+            client.lose("it was killed")
+            client.on_rank(Pulse(1, 1, "here", 7, 9.0))
+            client.on_engine(Hello(2))
+            assert client.trouble() is None
+
+    run(scenario())
 
 
 def test_a_rank_that_is_silent_or_stuck_is_named() -> None:
