@@ -141,7 +141,8 @@ def serve_until_stopped(options: ServeOptions) -> int:
         pulse_host=os.environ.get(PULSE_HOST_VARIABLE),
     )
     app = create_app(group.client, tokenizer, settings, chat_template)
-    return asyncio.run(_serve(group, app, listener, options, console, has_text=tokenizer is not None))
+    steps = f"of up to {config.batch.max_batch_tokens:,} tokens"
+    return asyncio.run(_serve(group, app, listener, options, console, steps, has_text=tokenizer is not None))
 
 
 def _run_ranks_only(options: ServeOptions) -> int:
@@ -158,6 +159,7 @@ async def _serve(
     listener: socket.socket,
     options: ServeOptions,
     console: Console,
+    steps: str,
     *,
     has_text: bool,
 ) -> int:
@@ -187,8 +189,9 @@ async def _serve(
         if ready.done():
             example = EXAMPLE_PROMPT if has_text else [1, 2, 3]
             url = _url(listener, options.host)
-            _print_banner(console, ready.result(), url, example)
-            extra = {"event": "ready", "url": url, **_banner(ready.result())}
+            facts = {**_banner(ready.result()), "steps": steps}
+            _print_banner(console, facts, url, example)
+            extra = {"event": "ready", "url": url, **facts}
             logger.info("ready at %s: %s", url, options.model_name, extra=extra)
             failed = asyncio.create_task(group.client.engine.wait_failed(), name="engine failure")
             await asyncio.wait({failed, http}, return_when=asyncio.FIRST_COMPLETED)
@@ -247,11 +250,11 @@ def _banner(info: EngineInfo) -> dict[str, str]:
     }
 
 
-def _print_banner(console: Console, info: EngineInfo, url: str, example: str | list[int]) -> None:
+def _print_banner(console: Console, banner: dict[str, str], url: str, example: str | list[int]) -> None:
     body = json.dumps(
         {"prompt": example, "max_tokens": 32} | ({} if isinstance(example, str) else {"return_token_ids": True})
     )
-    facts = "\n".join(f"  {name:<10} {value}" for name, value in _banner(info).items())
+    facts = "\n".join(f"  {name:<10} {value}" for name, value in banner.items())
     console.print(
         f"""\
 {escape(facts)}

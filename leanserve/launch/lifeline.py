@@ -4,8 +4,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ["is_alive", "when_gone"]
+__all__ = ["is_alive", "is_stopped", "when_gone"]
 
 POLL_S = 0.25
 
@@ -18,6 +19,14 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal (Linux)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
 
 
 def when_gone(pid: int, act: Callable[[], object]) -> None:

@@ -127,6 +127,19 @@ def test_sigterm_lets_streams_finish_and_a_second_signal_does_not_wait(model_dir
             assert leftovers(processes, run_dir) == []
 
 
+@pytest.mark.slow
+def test_a_stopped_rank_does_not_outlive_its_server(model_dir, tmp_path):
+    with live_server(str(model_dir), "--ranks", "2", *SMALL, log=tmp_path / "log") as server:
+        processes, run_dir = server.processes(), run_dir_of(server)
+        stopped = [p for p in processes if "leanserve.launch.rank" in p.cmdline()][1]
+        deadline = time.monotonic() + PATIENCE_S
+        while len(httpx.get(f"{server.url}/health", timeout=PATIENCE_S).json()["ranks"]) < 2:  # known by their pulses
+            assert time.monotonic() < deadline
+        stopped.suspend()
+        assert server.stop() == 0
+        assert leftovers(processes, run_dir) == []
+
+
 def wait_until_draining(server: LiveServer) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while httpx.get(f"{server.url}/ready", timeout=PATIENCE_S).status_code != 503:
