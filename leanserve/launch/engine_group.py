@@ -12,7 +12,7 @@ from pathlib import Path
 
 from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.messages import EngineInfo, Pulse
-from leanserve.launch.lifeline import is_stopped
+from leanserve.launch.lifeline import is_ours, is_stopped
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.own_address import address_towards
 from leanserve.launch.ranks_process import RanksProcess
@@ -130,6 +130,6 @@ def _is_here(pulse: Pulse) -> bool:
 
 
 def _kill(pids: Iterable[int], number: signal.Signals) -> None:
-    for pid in pids:
+    for pid in filter(is_ours, pids):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["is_alive", "is_stopped", "when_gone"]
+__all__ = ["is_alive", "is_ours", "is_stopped", "when_gone"]
 
 POLL_S = 0.25
 
@@ -27,6 +27,15 @@ def is_stopped(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except (OSError, IndexError):
         return False
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process runs a module of ours (Linux; elsewhere nobody can tell): its id may be somebody else's by now."""
+    try:
+        _, *words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return any(word.startswith(b"leanserve") for word in words)
+    except OSError:
+        return not Path("/proc/self").exists()
 
 
 def when_gone(pid: int, act: Callable[[], object]) -> None:
