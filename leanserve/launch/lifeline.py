@@ -30,7 +30,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def is_ours(pid: int) -> bool:
-    """Whether a process runs a module of ours (Linux; elsewhere nobody can tell): its id may be somebody else's by now."""
+    """Whether a process runs a module of ours, or its id is somebody else's by now. (Linux alone can tell.)"""
     try:
         _, *words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return any(word.startswith(b"leanserve") for word in words)
