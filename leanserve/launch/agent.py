@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
@@ -58,7 +59,8 @@ def run_agent(num_ranks: int, nodes: Nodes, *, module: str = "rank", max_restart
             f"--local-addr={address_towards(nodes.host)}",
         ]
     try:
-        torchrun([*arguments, "-m", f"leanserve.launch.{module}"])
+        with _own_directory() as own_files:
+            torchrun([*arguments, f"--log-dir={own_files}", "-m", f"leanserve.launch.{module}"])
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             _tell(f"rank {rank}", failure.pid, failure.exitcode)
@@ -66,6 +68,12 @@ def run_agent(num_ranks: int, nodes: Nodes, *, module: str = "rank", max_restart
     except SignalException:
         return 0
     return 0
+
+
+def _own_directory() -> "tempfile.TemporaryDirectory[str]":
+    """For files that torchrun makes, and leaves: with the server's sockets, where there are any."""
+    run_dir = os.environ.get(RUN_DIR_VARIABLE)
+    return tempfile.TemporaryDirectory(prefix="agent-", dir=run_dir, ignore_cleanup_errors=True)
 
 
 class _FailedRanks(logging.Handler):
