@@ -5,12 +5,12 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from leanserve.contracts.config import EngineConfig
+from leanserve.contracts.machine import this_machine
 from leanserve.contracts.messages import EngineInfo, Pulse
 from leanserve.launch.lifeline import is_ours, is_stopped
 from leanserve.launch.nodes import Nodes
@@ -126,7 +126,7 @@ class EngineGroup:
 
 def _is_here(pulse: Pulse) -> bool:
     """Its rank runs on this machine."""
-    return pulse.host == socket.gethostname()
+    return pulse.host == this_machine()
 
 
 def _kill(pids: Iterable[int], number: signal.Signals) -> None:
