@@ -139,6 +139,7 @@ class CurrentEngine:
             gone_ranks: those whose processes have ended.
         """
         self.is_attached = False
+        self.load = EngineLoad()
         message, self._last_words = self._last_words or message, None
         if gone_ranks:
             message = f"{', '.join(gone_ranks)} gone; {message}"
@@ -159,7 +160,7 @@ class CurrentEngine:
     def fail(self, message: str) -> None:
         """It is gone for good. The first reason stands."""
         if self.state != "failed":
-            self.state, self.failure = "failed", message
+            self.state, self.failure, self.load = "failed", message, EngineLoad()
         self._settled.set()
         self._failed.set()
 

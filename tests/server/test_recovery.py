@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from array import array
 from collections.abc import AsyncIterator
 from typing import Any
@@ -229,6 +230,22 @@ def test_the_last_words_of_an_engine_are_no_other_ones() -> None:
     engine.attach()
     engine.lose("its connection closed", [])
     assert engine.failure == "its connection closed"
+
+
+def test_a_lost_engine_holds_no_pages_and_runs_nothing() -> None:
+    async def scenario() -> None:
+        async with live_server(None, pause_at_tokens=3, client_options=RECOVERS) as live:
+            request = asyncio.create_task(live.complete(prompt=[5], max_tokens=9))
+            await until(lambda: live.client.engine.load.running == 1)
+            await live.engine.close()
+            await until(lambda: live.client.engine.state == "restarting")
+            request.cancel()
+            health = (await live.http.get("/health")).json()
+            assert (health["running"], health["pages_used_per_rank"]) == (0, [])
+            metrics = (await live.http.get("/metrics")).text
+            assert re.search(r"^leanserve:kv_cache_pages_used\{.*\} 0.0$", metrics, re.MULTILINE)
+
+    run(scenario())
 
 
 def test_a_new_engine_is_not_judged_by_what_ranks_of_the_one_before_say_late() -> None:
