@@ -5,12 +5,13 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from leanserve.server import logs
-from leanserve.server.logs import RefusalLog, open_log, open_log_of_rank
+from leanserve.server.logs import RefusalLog, log_access, open_access_log, open_log, open_log_of_rank
 from server.echo_engine import engine_info
 from server.front_end import live_server, run, until
 
@@ -20,13 +21,16 @@ Captured = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def log_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root, ours = logging.getLogger(), logging.getLogger("leanserve")
-    before = root.handlers, root.level, ours.level
+    access = logging.getLogger("leanserve.access")
+    before = root.handlers, root.level, ours.level, access.level
     for name in ("LEANSERVE_LOG_LEVEL", "LEANSERVE_LOG_FORMAT"):
         monkeypatch.setenv(name, "")  # undone, whatever open_log sets
     yield
     root.handlers = before[0]
     root.setLevel(before[1])
     ours.setLevel(before[2])
+    access.setLevel(before[3])
+    access.handlers, access.propagate = [], True
 
 
 def events(capsys: Captured) -> list[dict[str, Any]]:
@@ -43,6 +47,17 @@ def test_json_lines_have_the_facts_and_another_process_inherits_the_choice(capsy
     (line,) = events(capsys)
     assert line.pop("time").endswith("+00:00")
     assert line == {"level": "error", "event": "rank_failed", "message": "rank 2\nfell", "rank": 2, "step": 7}
+
+
+def test_requests_are_in_the_access_log_where_there_is_one(capsys: Captured, tmp_path: Path) -> None:
+    open_log("info", "json")
+    log_access(id="nobody asked")
+    open_access_log(str(tmp_path / "access"))
+    log_access(id="r1", status=200)
+    assert capsys.readouterr().err == ""
+    (line,) = (tmp_path / "access").read_text().splitlines()
+    assert json.loads(line).items() >= {"id": "r1", "status": 200}.items()
+    logging.getLogger("leanserve.access").handlers[0].close()
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
