@@ -120,7 +120,8 @@ def wait_ready(server: LiveServer) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             break
-        if (told := re.search(r"http://127\.0\.0\.1:\d+", server.log.read_text())) is not None:
+        told = re.search(r"http://127\.0\.0\.1:\d+(?=\D)", server.log.read_text(errors="replace"))
+        if told is not None:
             server.url = told[0]
             assert httpx.get(f"{server.url}/ready", timeout=PATIENCE_S).status_code == 200
             return
