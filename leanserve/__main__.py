@@ -135,7 +135,7 @@ def plan(
     ] = DTypeChoice.auto,
     page_tokens: PageTokens = 64,
     kv_memory: KvMemory = "auto",
-    max_batch_tokens: MaxBatchTokens = 2048,
+    max_batch_tokens: MaxBatchTokens = "auto",
     max_sequences: MaxSequences = 256,
     calibrate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON with constants that you measured.", rich_help_panel=RANKS)
@@ -148,13 +148,14 @@ def plan(
     from rich.console import Console
 
     from leanserve.bundled import bundled_model_dir
-    from leanserve.contracts.config import BatchOptions
+    from leanserve.contracts.config import GPU_BATCH_TOKENS, BatchOptions
     from leanserve.launch.options import parse_bytes
     from leanserve.planner.gpus import find_gpu
     from leanserve.planner.plan import Question, find_architecture, make_plan, parse_tokens
     from leanserve.planner.report import draw_plan, print_plan
     from leanserve.planner.roofline import Constants
 
+    batch_tokens = count_or_auto("--max-batch-tokens", max_batch_tokens)
     architecture = find_architecture(bundled_model_dir() if model is None else model)
     question = Question(
         gpu=find_gpu(gpu),
@@ -164,7 +165,9 @@ def plan(
         dtype=architecture.checkpoint_dtype if dtype is DTypeChoice.auto else dtype.value,
         page_tokens=page_tokens,
         kv_bytes_per_rank=None if kv_memory == "auto" else parse_bytes(kv_memory),
-        batch=BatchOptions(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences),
+        batch=BatchOptions(
+            max_batch_tokens=GPU_BATCH_TOKENS if batch_tokens is None else batch_tokens, max_sequences=max_sequences
+        ),
     )
     result = make_plan(architecture, question, Constants() if calibrate is None else Constants.calibrated(calibrate))
     print_plan(result, Console(highlight=False))

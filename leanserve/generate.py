@@ -26,13 +26,16 @@ def print_completion(llm: LLM, prompt: Prompt, sampling: SamplingParams) -> None
         bar.start()
         bar.update(reading, completed=progress.processed_tokens, total=progress.total_tokens)
 
-    for delta in llm.stream(prompt, sampling, on_progress=draw):
-        if first_token_s is None:
-            first_token_s = time.perf_counter() - started
-            bar.stop()
-        tokens += len(delta.token_ids)
-        sys.stdout.write(delta.text)
-        sys.stdout.flush()
+    try:
+        for delta in llm.stream(prompt, sampling, on_progress=draw):
+            if first_token_s is None:
+                first_token_s = time.perf_counter() - started
+                bar.stop()
+            tokens += len(delta.token_ids)
+            sys.stdout.write(delta.text)
+            sys.stdout.flush()
+    finally:  # Ctrl-C, or an engine that fails: the terminal gets its cursor back
+        bar.stop()
     sys.stdout.write("\n")
     sys.stdout.flush()
     decode_s = time.perf_counter() - started - (first_token_s or 0.0)

@@ -26,8 +26,9 @@ from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.messages import EngineInfo, PrefillProgress
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.grammars.grammar import check_grammar
-from leanserve.launch.engine_group import EngineGroup, make_run_dir
+from leanserve.launch.engine_group import EngineGroup
 from leanserve.launch.options import LaunchOptions
+from leanserve.launch.run_dir import make_run_dir
 from leanserve.outputs import CompletionOutput, Delta, Logprob, RequestOutput, logprobs_by_id
 from leanserve.server.current_engine import EngineLoad
 from leanserve.server.detokenizer import TextStream
@@ -64,11 +65,11 @@ class LLM:
         num_ranks, _ = launch.count_ranks()
         config = launch.engine_config(model_dir)
         self._tokenizer = Tokenizer.from_dir(model_dir)
+        self._group = EngineGroup(config, num_ranks=num_ranks, run_dir=make_run_dir())
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="leanserve", daemon=True)
         self._thread.start()
         self._closed = False
-        self._group = EngineGroup(config, num_ranks=num_ranks, run_dir=make_run_dir())
         try:
             self.info: EngineInfo = self._run(self._start()).result()
         except BaseException:

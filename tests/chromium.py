@@ -48,7 +48,7 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait_for(self, script: str, timeout_s: float = 30.0) -> Any:
+    def wait_for(self, script: str, timeout_s: float = 120.0) -> Any:
         deadline = time.monotonic() + timeout_s
         while not (value := self.run(script)):
             assert time.monotonic() < deadline, f"never true: {script}; the page says {self.text()!r}"

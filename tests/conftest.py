@@ -1,7 +1,10 @@
-"""For all tests: one thread a process (the models are tiny), and a path that child processes share."""
+"""For all tests: one thread a process (the models are tiny), a path that child processes share, and the same examples
+of every property each time."""
 
 import os
 from pathlib import Path
+
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -9,3 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is first imported
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+# A busy machine is slow, and that is no failure; neither is an example that only this run happened to draw. To look for
+# new ones: pytest --hypothesis-profile explore
+_of_any_speed = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("suite", derandomize=True, **_of_any_speed)
+settings.register_profile("explore", **_of_any_speed)
+settings.load_profile("suite")

@@ -1,9 +1,12 @@
 """A real `leanserve serve`, or the same under torchrun, as child processes of a test."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +16,17 @@ from pathlib import Path
 import httpx
 import psutil
 
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 240.0
+PATIENCE_S = 120.0
+"""For what takes seconds on an idle machine."""
 
 
 @dataclass
 class LiveServer:
     process: "subprocess.Popen[bytes]"
-    url: str
     log: Path
+    url: str = ""
+    """On a port that the server chose; known when it is ready."""
 
     def post(self, **body: object) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
@@ -30,9 +36,38 @@ class LiveServer:
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
-    def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 30.0) -> int:
+    def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = PATIENCE_S) -> int:
         self.process.send_signal(number)
         return self.process.wait(timeout_s)
+
+
+class Stream:
+    """One request, read by a thread of its own. It is there when ten tokens are."""
+
+    def __init__(self, server: LiveServer, body: dict[str, object]) -> None:
+        self.tokens: list[int] = []
+        self.reasons: list[str] = []
+        self._url = f"{server.url}/v1/completions"
+        self._body = body | {"stream": True, "return_token_ids": True}
+        self._begun = threading.Event()
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        assert self._begun.wait(PATIENCE_S)
+
+    def result(self) -> tuple[list[int], list[str]]:
+        """All its tokens, and its finish reasons."""
+        self._thread.join()
+        return self.tokens, self.reasons
+
+    def _read(self) -> None:
+        with httpx.stream("POST", self._url, json=self._body, timeout=PATIENCE_S) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                    self.tokens += choice["token_ids"]
+                    self.reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+                    if len(self.tokens) >= 10:
+                        self._begun.set()
 
 
 def free_port() -> int:
@@ -57,8 +92,7 @@ def live_server(
         torchrun_ranks: start it as a user's own torchrun would, with `max_restarts` for torchrun.
         environment: variables to add.
     """
-    port = free_port()
-    command = [sys.executable, "-m", "leanserve", "serve", *arguments, "--port", str(port)]
+    command = [sys.executable, "-m", "leanserve", "serve", *arguments, "--port", "0"]
     if torchrun_ranks is not None:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += ["--max-restarts", str(max_restarts), "--nproc-per-node", str(torchrun_ranks)]
@@ -67,7 +101,7 @@ def live_server(
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "200"} | (environment or {})
         )
-    server = LiveServer(process, f"http://127.0.0.1:{port}", log)
+    server = LiveServer(process, log)
     try:
         wait_ready(server)
         yield server
@@ -75,7 +109,7 @@ def live_server(
         if process.poll() is None:
             left = server.processes()
             server.stop()
-            _, alive = psutil.wait_procs(left, timeout=15)
+            _, alive = psutil.wait_procs(left, timeout=PATIENCE_S)
             for orphan in alive:
                 orphan.kill()
             assert not alive, f"still there after SIGTERM: {alive}"
@@ -86,10 +120,10 @@ def wait_ready(server: LiveServer) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             break
-        try:
-            if httpx.get(f"{server.url}/ready", timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+        told = re.search(r"http://127\.0\.0\.1:\d+(?=\D)", server.log.read_text(errors="replace"))
+        if told is not None:
+            server.url = told[0]
+            assert httpx.get(f"{server.url}/ready", timeout=PATIENCE_S).status_code == 200
+            return
         time.sleep(0.1)
     raise AssertionError(f"the server is not ready; it printed:\n{server.log.read_text()}")

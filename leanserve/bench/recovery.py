@@ -20,8 +20,9 @@ from leanserve.bench.machine import Machine, describe_machine, load_average
 from leanserve.contracts.config import EngineConfig
 from leanserve.contracts.errors import EngineError
 from leanserve.contracts.sampling import SamplingParams
-from leanserve.launch.engine_group import EngineGroup, Recovery, make_run_dir
+from leanserve.launch.engine_group import EngineGroup, Recovery
 from leanserve.launch.options import LaunchOptions
+from leanserve.launch.run_dir import make_run_dir
 
 __all__ = ["Attack", "RecoveryReport", "run_recovery_bench"]
 

@@ -10,9 +10,10 @@ from socket import socket
 from fastapi import FastAPI
 from rich.console import Console
 
-from leanserve.launch.engine_group import EngineGroup, make_run_dir
+from leanserve.launch.engine_group import EngineGroup
 from leanserve.launch.front_end import BUNDLED_NAME, show_loading
 from leanserve.launch.options import LaunchOptions
+from leanserve.launch.run_dir import make_run_dir
 from leanserve.server.app import create_app
 from leanserve.server.chat_template import ChatTemplate
 from leanserve.server.http_server import bind_socket, serve_http
@@ -79,6 +80,8 @@ async def _serve(
             ready.set_result(None)
             await stopping
     except BaseException as error:
+        if ready.done():
+            raise
         ready.set_exception(error)
     finally:
         stop.set()

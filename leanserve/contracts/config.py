@@ -38,11 +38,17 @@ class CacheOptions:
             raise ConfigError(f"max context tokens is {self.max_context_tokens}; it must be at least 2")
 
 
+GPU_BATCH_TOKENS = 2048
+CPU_BATCH_TOKENS = 256
+"""What a step holds where nobody said: running streams wait for each step of somebody's long prompt, and a few hundred
+tokens keep a CPU as busy as thousands do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
     """What one step may hold."""
 
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int = GPU_BATCH_TOKENS
     """Tokens in one step, decode rows and prefill chunks together."""
     max_sequences: int = 256
     """Sequences that hold pages at once."""

@@ -205,7 +205,7 @@ class Pulse(msgspec.Struct, frozen=True, tag="pulse"):
     rank: int
     pid: int
     host: str
-    """Which machine `pid` belongs to."""
+    """The machine that `pid` belongs to, as `this_machine` names it."""
     step: int
     """The newest completed step, or idle check; 0 before the first."""
     busy_s: float

@@ -155,12 +155,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         )
         if self.truncate_prompt_tokens is not None:
             require_int("truncate_prompt_tokens", 1, math.inf, "it must be an integer of at least 1")
-        require_int(
-            "priority",
-            -MAX_PRIORITY,
-            MAX_PRIORITY,
-            f"it must be an integer from {-MAX_PRIORITY} (most urgent) to {MAX_PRIORITY}",
-        )
         if self.seed is not None:
             require_int("seed", -(2**63), 2**63 - 1, "it must be an integer that fits in 64 bits")
         require(

@@ -66,7 +66,10 @@ def check_grammar(wish: StructuredOutputsParams) -> None:
     Raises:
         RequestError: it is wrong, matches nothing, or takes too long to compile.
     """
-    reason = _why_not(grammar_text(wish))
+    try:
+        reason = _why_not(grammar_text(wish))
+    except _OutOfPatienceError as error:
+        reason = str(error)
     if reason is not None:
         raise _refusal(wish, reason)
 
@@ -106,9 +109,17 @@ def _parser_limits() -> LLParserLimits:
     )
 
 
+class _OutOfPatienceError(Exception):
+    """A check came to no end. Another time it may: this is no answer to be remembered."""
+
+
 @lru_cache(maxsize=256)
 def _why_not(text: str) -> str | None:
-    """Why a grammar cannot be served; None: it can."""
+    """Why a grammar cannot be served; None: it can.
+
+    Raises:
+        _OutOfPatienceError: it is not known.
+    """
     script = Path(__file__).with_name("check_process.py")
     settings = json.dumps({"limits": LIMITS, "cpu_s": CHECK_CPU_S, "memory_bytes": CHECK_BYTES})
     try:
@@ -120,9 +131,11 @@ def _why_not(text: str) -> str | None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return "it takes too long to compile; make it simpler"
+        raise _OutOfPatienceError("it takes too long to compile; make it simpler") from None
     if checked.returncode != 0:
-        return f"it takes more than {CHECK_CPU_S} s of CPU time, or too much memory, to compile; make it simpler"
+        raise _OutOfPatienceError(
+            f"it takes more than {CHECK_CPU_S} s of CPU time, or too much memory, to compile; make it simpler"
+        )
     return json.loads(checked.stdout)
 
 

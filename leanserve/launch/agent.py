@@ -6,12 +6,15 @@ Run by `RanksProcess`; not for people. On machines without a front end it is the
 
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.place import NODE_RANK_VARIABLE
+from leanserve.launch.run_dir import RUN_DIR_VARIABLE
 from leanserve.server.logs import open_log_of_rank
 
 __all__ = ["WITHOUT_LIMIT", "run_agent"]
@@ -56,7 +59,8 @@ def run_agent(num_ranks: int, nodes: Nodes, *, module: str = "rank", max_restart
             f"--local-addr={address_towards(nodes.host)}",
         ]
     try:
-        torchrun([*arguments, "-m", f"leanserve.launch.{module}"])
+        with _own_directory() as own_files:
+            torchrun([*arguments, f"--log-dir={own_files}", "-m", f"leanserve.launch.{module}"])
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             _tell(f"rank {rank}", failure.pid, failure.exitcode)
@@ -64,6 +68,12 @@ def run_agent(num_ranks: int, nodes: Nodes, *, module: str = "rank", max_restart
     except SignalException:
         return 0
     return 0
+
+
+def _own_directory() -> "tempfile.TemporaryDirectory[str]":
+    """For files that torchrun makes, and leaves: with the server's sockets, where there are any."""
+    run_dir = os.environ.get(RUN_DIR_VARIABLE)
+    return tempfile.TemporaryDirectory(prefix="agent-", dir=run_dir, ignore_cleanup_errors=True)
 
 
 class _FailedRanks(logging.Handler):
@@ -86,8 +96,14 @@ def _ended(exit_code: int) -> str:
     return f"ended with exit code {exit_code}"
 
 
+def _end_alone() -> None:
+    """The front end is gone, and could not clear up."""
+    shutil.rmtree(os.environ[RUN_DIR_VARIABLE], ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
     num_ranks, front_end_pid, num_nodes, endpoint, module, max_restarts = sys.argv[1:]
-    when_gone(int(front_end_pid), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    when_gone(int(front_end_pid), _end_alone)
     nodes = Nodes(count=int(num_nodes), endpoint=endpoint or None)
     sys.exit(run_agent(int(num_ranks), nodes, module=module, max_restarts=int(max_restarts)))

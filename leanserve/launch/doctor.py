@@ -21,10 +21,10 @@ import msgspec
 from leanserve import __version__
 from leanserve.contracts.errors import ConfigError, LeanServeError
 from leanserve.launch.doctor_facts import TRIAL_FILE, TRIAL_ORDERS_FILE, TorchFacts, Trial, TrialOrders
-from leanserve.launch.engine_group import make_run_dir
 from leanserve.launch.host_facts import HostFacts, gib, host_facts, judge_host
 from leanserve.launch.options import LaunchOptions
 from leanserve.launch.ranks_process import RanksProcess
+from leanserve.launch.run_dir import make_run_dir
 from leanserve.launch.threads import available_cores
 from leanserve.server.http_server import bind_socket
 

@@ -5,19 +5,21 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
-import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from leanserve.contracts.config import EngineConfig
-from leanserve.contracts.messages import EngineInfo
+from leanserve.contracts.machine import this_machine
+from leanserve.contracts.messages import EngineInfo, Pulse
+from leanserve.launch.lifeline import is_ours, is_stopped
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.own_address import address_towards
-from leanserve.launch.ranks_process import RanksProcess, engine_address, pulse_address
+from leanserve.launch.ranks_process import RanksProcess
+from leanserve.launch.run_dir import engine_address, pulse_address
 from leanserve.server.engine_client import EngineClient, Recovery
 
-__all__ = ["EngineGroup", "Recovery", "make_run_dir"]
+__all__ = ["EngineGroup", "Recovery"]
 
 STOP_PATIENCE_S = 5.0
 """How long ranks may take to end by themselves once told."""
@@ -28,11 +30,6 @@ STACKS_S = 0.3
 """For a rank to write its stacks before it is killed."""
 ARRIVAL_TIMEOUT_S = 120.0
 """For a rank 0 to come, where all ranks are on this machine."""
-
-
-def make_run_dir() -> Path:
-    """A directory for the sockets of one server, readable by this user alone."""
-    return Path(tempfile.mkdtemp(prefix="leanserve-"))
 
 
 class EngineGroup:
@@ -94,7 +91,9 @@ class EngineGroup:
         self.client.shut_down_engine()
         if self._ranks is not None:
             patience_s = STOP_PATIENCE_S if self.client.engine.state == "ready" else 0.0
+            pids = [heard.pulse.pid for heard in self.client.health.ranks.values() if _is_here(heard.pulse)]
             await asyncio.to_thread(self._ranks.stop, patience_s)
+            _kill(filter(is_stopped, pids), signal.SIGKILL)  # such a one does not see that all the others have ended
         await self.client.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
@@ -116,12 +115,21 @@ class EngineGroup:
             rank: (what, health.ranks[rank].pulse)
             for rank, what in health.troubled(time.monotonic(), patience_s=STUCK_PATIENCE_S).items()
         }
-        local_pids = [pulse.pid for _, pulse in stuck.values() if pulse.host == socket.gethostname()]
+        local_pids = [pulse.pid for _, pulse in stuck.values() if _is_here(pulse)]
         for number in (signal.SIGUSR1, signal.SIGKILL):
-            for pid in local_pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+            _kill(local_pids, number)
             if local_pids:
                 await asyncio.sleep(STACKS_S)
         if stuck:
             self.client.lose("; ".join(what for what, _ in stuck.values()))
+
+
+def _is_here(pulse: Pulse) -> bool:
+    """Its rank runs on this machine."""
+    return pulse.host == this_machine()
+
+
+def _kill(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in filter(is_ours, pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

@@ -20,11 +20,11 @@ from leanserve.contracts.errors import ConfigError, EngineError
 from leanserve.contracts.messages import EngineInfo
 from leanserve.launch.access import AccessOptions, is_loopback
 from leanserve.launch.capacity import describe_cache, describe_context
-from leanserve.launch.engine_group import EngineGroup, make_run_dir
+from leanserve.launch.engine_group import EngineGroup
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.options import LaunchOptions
-from leanserve.launch.ranks_process import RUN_DIR_VARIABLE
+from leanserve.launch.run_dir import RUN_DIR_VARIABLE, make_run_dir
 from leanserve.launch.under_torchrun import AGENT_PID_VARIABLE, PULSE_HOST_VARIABLE
 from leanserve.model.architecture import read_architecture
 from leanserve.server.app import create_app
@@ -141,7 +141,8 @@ def serve_until_stopped(options: ServeOptions) -> int:
         pulse_host=os.environ.get(PULSE_HOST_VARIABLE),
     )
     app = create_app(group.client, tokenizer, settings, chat_template)
-    return asyncio.run(_serve(group, app, listener, options, console, has_text=tokenizer is not None))
+    steps = f"of up to {config.batch.max_batch_tokens:,} tokens"
+    return asyncio.run(_serve(group, app, listener, options, console, steps, has_text=tokenizer is not None))
 
 
 def _run_ranks_only(options: ServeOptions) -> int:
@@ -158,6 +159,7 @@ async def _serve(
     listener: socket.socket,
     options: ServeOptions,
     console: Console,
+    steps: str,
     *,
     has_text: bool,
 ) -> int:
@@ -171,7 +173,10 @@ async def _serve(
         (hurry if stop.is_set() else stop).set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a closed terminal ends it in order; nohup keeps it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         loop.add_signal_handler(number, on_signal)
     http = asyncio.create_task(
         serve_http(app, listener, stop=stop, hurry=hurry, grace_s=options.drain_timeout_s), name="http"
@@ -184,8 +189,9 @@ async def _serve(
         if ready.done():
             example = EXAMPLE_PROMPT if has_text else [1, 2, 3]
             url = _url(listener, options.host)
-            _print_banner(console, ready.result(), url, example)
-            extra = {"event": "ready", "url": url, **_banner(ready.result())}
+            facts = {**_banner(ready.result()), "steps": steps}
+            _print_banner(console, facts, url, example)
+            extra = {"event": "ready", "url": url, **facts}
             logger.info("ready at %s: %s", url, options.model_name, extra=extra)
             failed = asyncio.create_task(group.client.engine.wait_failed(), name="engine failure")
             await asyncio.wait({failed, http}, return_when=asyncio.FIRST_COMPLETED)
@@ -198,8 +204,10 @@ async def _serve(
         exit_code = 1
     finally:
         stop.set()
-        await http
-        await group.close()
+        try:
+            await http
+        finally:
+            await group.close()
     return exit_code
 
 
@@ -242,11 +250,11 @@ def _banner(info: EngineInfo) -> dict[str, str]:
     }
 
 
-def _print_banner(console: Console, info: EngineInfo, url: str, example: str | list[int]) -> None:
+def _print_banner(console: Console, banner: dict[str, str], url: str, example: str | list[int]) -> None:
     body = json.dumps(
         {"prompt": example, "max_tokens": 32} | ({} if isinstance(example, str) else {"return_token_ids": True})
     )
-    facts = "\n".join(f"  {name:<10} {value}" for name, value in _banner(info).items())
+    facts = "\n".join(f"  {name:<10} {value}" for name, value in banner.items())
     console.print(
         f"""\
 {escape(facts)}

@@ -18,7 +18,7 @@ from leanserve.launch.doctor_facts import TRIAL_FILE, TRIAL_ORDERS_FILE, GatherT
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.meeting import Orders, compare_cards, convene, exchange_cards, join, reach_agent
 from leanserve.launch.place import Place
-from leanserve.launch.ranks_process import RUN_DIR_VARIABLE
+from leanserve.launch.run_dir import RUN_DIR_VARIABLE
 from leanserve.worker.device import choose_comm, choose_device, describe
 
 __all__ = ["main"]

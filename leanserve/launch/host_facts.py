@@ -7,15 +7,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from leanserve.launch.run_dir import takes_sockets
+
 __all__ = ["HostFacts", "gib", "host_facts", "judge_host"]
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _LEAST_FILES = 4096
 _LEAST_SHM = 1 << 30
 _LEAST_MEMORY = 2 << 30
-_SOCKET_NAME_CHARS = 104
-"""A path of a Unix socket may be no longer (macOS; Linux allows four more)."""
-_RUN_DIR_CHARS = len("/leanserve-12345678/engine")
 _NO_LIMIT = 1 << 60
 """The old interface says so with a number near 2**63."""
 
@@ -60,8 +59,8 @@ def judge_host(facts: HostFacts, *, gpus: int) -> tuple[list[str], list[str]]:
             f"/dev/shm has {gib(facts.shm_free)} free, and NCCL needs it between GPUs; start the container with "
             "--shm-size=1g or --ipc=host, or empty it"
         )
-    if len(str(facts.temporary_dir)) + _RUN_DIR_CHARS > _SOCKET_NAME_CHARS:
-        errors.append(f"the path {facts.temporary_dir} is too long for sockets; set TMPDIR to a shorter one")
+    if not takes_sockets(facts.temporary_dir):
+        warnings.append(f"the path {facts.temporary_dir} is too long for sockets: they go to /tmp")
     if facts.open_files is not None and facts.open_files < _LEAST_FILES:
         warnings.append(
             f"a process may open {facts.open_files} files, and every client takes one; raise it: ulimit -n 65536"

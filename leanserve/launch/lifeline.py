@@ -4,8 +4,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ["is_alive", "when_gone"]
+__all__ = ["is_alive", "is_ours", "is_stopped", "when_gone"]
 
 POLL_S = 0.25
 
@@ -18,6 +19,23 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal (Linux)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process runs a module of ours, or its id is somebody else's by now. (Linux alone can tell.)"""
+    try:
+        _, *words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return any(word.startswith(b"leanserve") for word in words)
+    except OSError:
+        return not Path("/proc/self").exists()
 
 
 def when_gone(pid: int, act: Callable[[], object]) -> None:

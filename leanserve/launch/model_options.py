@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from leanserve.contracts.config import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+
 __all__ = [
     "MEMORY",
     "MODEL",
@@ -131,7 +133,13 @@ PrefixCache = Annotated[
     ),
 ]
 MaxBatchTokens = Annotated[
-    int, typer.Option(help="Tokens computed in one step, decode and prefill together.", rich_help_panel=MEMORY)
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help=f"Tokens computed in one step, decode and prefill together. auto: {GPU_BATCH_TOKENS}, on the CPU "
+        f"{CPU_BATCH_TOKENS}.",
+        rich_help_panel=MEMORY,
+    ),
 ]
 MaxSequences = Annotated[int, typer.Option(help="Sequences that run at once.", rich_help_panel=MEMORY)]
 LongPrefillTokens = Annotated[

@@ -2,10 +2,13 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from leanserve.bundled import bundled_model_dir
 from leanserve.contracts.config import (
+    CPU_BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
     AttentionBackend,
     BatchOptions,
     CacheOptions,
@@ -54,7 +57,8 @@ class LaunchOptions:
     max_context_tokens: int | None = None
     prefix_cache: bool = True
     """Requests that begin alike share pages."""
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int | None = None
+    """Tokens in one step; None: what suits GPUs, or the CPU where none is used."""
     max_sequences: int = 256
     long_prefill_tokens: int | None = None
     """Longer prompts give way to shorter ones; None: half of max_batch_tokens."""
@@ -73,10 +77,21 @@ class LaunchOptions:
         """How many ranks to start, and what the user should know about a GPU that stays unused."""
         if self.ranks is not None and self.device == "cpu":
             return self.ranks, None
-        gpus, reason = count_gpus(self.device)
+        gpus, reason = self._gpus
         return self.ranks or max(gpus, 1), reason if gpus == 0 else None
 
+    @cached_property
+    def _gpus(self) -> tuple[int, str | None]:
+        return count_gpus(self.device)
+
+    @property
+    def _batch_tokens(self) -> int:
+        if self.max_batch_tokens is not None:
+            return self.max_batch_tokens
+        return GPU_BATCH_TOKENS if self._gpus[0] else CPU_BATCH_TOKENS
+
     def engine_config(self, model_dir: Path) -> EngineConfig:
+        """What the ranks must agree on. Looks for GPUs, unless the options leave nothing open."""
         return EngineConfig(
             model_dir=str(model_dir),
             dtype=self.dtype,
@@ -92,7 +107,7 @@ class LaunchOptions:
                 prefix_cache=self.prefix_cache,
             ),
             batch=BatchOptions(
-                max_batch_tokens=self.max_batch_tokens,
+                max_batch_tokens=self._batch_tokens,
                 max_sequences=self.max_sequences,
                 long_prefill_tokens=self.long_prefill_tokens,
             ),

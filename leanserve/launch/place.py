@@ -1,8 +1,9 @@
 """This process among the ranks, as torchrun tells it."""
 
 import os
-import socket
 from dataclasses import dataclass
+
+from leanserve.contracts.machine import this_machine
 
 __all__ = ["NODE_RANK_VARIABLE", "Place"]
 
@@ -31,5 +32,5 @@ class Place:
             local_rank=local_rank,
             local_size=local_size,
             agent_pid=os.getppid(),
-            host=socket.gethostname(),
+            host=this_machine(),
         )

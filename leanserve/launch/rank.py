@@ -41,7 +41,7 @@ from leanserve.launch.lifeline import when_gone
 from leanserve.launch.loading import LoadedRank, load_rank
 from leanserve.launch.meeting import Orders, compare_cards, convene, exchange_cards, join, reach_agent
 from leanserve.launch.place import Place
-from leanserve.launch.ranks_process import RUN_DIR_VARIABLE, engine_address
+from leanserve.launch.run_dir import RUN_DIR_VARIABLE, engine_address
 from leanserve.launch.step_watch import StepWatch, dump_stacks_when_asked
 from leanserve.launch.termination import Termination
 from leanserve.launch.threads import default_threads, user_set_threads

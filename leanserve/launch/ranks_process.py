@@ -13,22 +13,10 @@ from leanserve.contracts.config import Device
 from leanserve.contracts.errors import ConfigError
 from leanserve.launch.agent import WITHOUT_LIMIT
 from leanserve.launch.nodes import Nodes
+from leanserve.launch.run_dir import RUN_DIR_VARIABLE
 from leanserve.launch.threads import default_threads
 
-__all__ = ["RUN_DIR_VARIABLE", "RanksProcess", "count_gpus", "engine_address", "pulse_address"]
-
-RUN_DIR_VARIABLE = "LEANSERVE_RUN_DIR"
-"""Where the sockets of one server lie; readable by its user alone."""
-
-
-def engine_address(run_dir: Path) -> str:
-    """The socket between the front end, which binds it, and rank 0."""
-    return f"ipc://{run_dir}/engine"
-
-
-def pulse_address(run_dir: Path) -> str:
-    """The socket where every rank of this machine tells the front end of itself."""
-    return f"ipc://{run_dir}/pulse"
+__all__ = ["RanksProcess", "count_gpus"]
 
 
 class RanksProcess:

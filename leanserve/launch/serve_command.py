@@ -151,7 +151,7 @@ def serve(
     max_context_tokens: MaxContext = "auto",
     kv_memory: KvMemory = "auto",
     prefix_cache: PrefixCache = True,
-    max_batch_tokens: MaxBatchTokens = 2048,
+    max_batch_tokens: MaxBatchTokens = "auto",
     max_sequences: MaxSequences = 256,
     long_prefill_tokens: LongPrefillTokens = "auto",
     step_timeout: Annotated[
@@ -249,7 +249,7 @@ def serve(
             kv_memory=size_or_auto(kv_memory),
             max_context_tokens=count_or_auto("--max-context-tokens", max_context_tokens),
             prefix_cache=prefix_cache,
-            max_batch_tokens=max_batch_tokens,
+            max_batch_tokens=count_or_auto("--max-batch-tokens", max_batch_tokens),
             max_sequences=max_sequences,
             long_prefill_tokens=count_or_auto("--long-prefill-tokens", long_prefill_tokens),
             step_timeout_s=step_timeout,

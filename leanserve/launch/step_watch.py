@@ -21,10 +21,10 @@ from pathlib import Path
 import zmq
 
 from leanserve.contracts.messages import FromRank, Pulse, RankFailed, encode
-from leanserve.launch.lifeline import is_alive
+from leanserve.launch.lifeline import is_alive, is_stopped
 from leanserve.launch.meeting import Card
 
-__all__ = ["EXIT_STUCK", "StepWatch", "dump_stacks_when_asked", "is_stopped"]
+__all__ = ["EXIT_STUCK", "StepWatch", "dump_stacks_when_asked"]
 
 logger = logging.getLogger("leanserve.launch")
 
@@ -41,14 +41,6 @@ DUMP_SIGNAL = signal.SIGUSR1
 def dump_stacks_when_asked() -> None:
     """From now on this process answers DUMP_SIGNAL with the stacks of all its threads, whatever it is doing."""
     faulthandler.register(DUMP_SIGNAL, file=sys.stderr, all_threads=True)
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal (Linux)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except (OSError, IndexError):
-        return False
 
 
 class StepWatch:

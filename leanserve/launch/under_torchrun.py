@@ -5,6 +5,7 @@ torchrun starts the ranks again, the new rank 0 finds the front end of the one b
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,11 +15,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from leanserve.contracts.errors import EngineError
-from leanserve.launch.engine_group import make_run_dir
 from leanserve.launch.lifeline import is_alive
 from leanserve.launch.own_address import address_towards
 from leanserve.launch.place import Place
-from leanserve.launch.ranks_process import RUN_DIR_VARIABLE
+from leanserve.launch.run_dir import RUN_DIR_VARIABLE, make_run_dir
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -83,7 +83,8 @@ def _start_front_end(place: Place, arguments: list[str]) -> _FrontEnd:
         # A front end that cannot start has said why; the rank goes with it, and torchrun ends the others.
         exit_code = process.wait()
         if exit_code != 0:
-            os._exit(exit_code)
+            shutil.rmtree(run_dir, ignore_errors=True)
+            os._exit(exit_code if exit_code > 0 else 1)
 
     threading.Thread(target=watch, name="front end", daemon=True).start()
     return _FrontEnd(place.host, process.pid, str(run_dir))

@@ -61,6 +61,8 @@ def choose_split(
     """
     if ranks == 1:
         return SplitChoice("replicated", "one rank holds everything")
+    if architecture.vocab_size < ranks:
+        return SplitChoice("replicated", f"{architecture.vocab_size} tokens cannot be split over {ranks} ranks")
     parts: dict[WeightSplit, Partition] = {  # of rank 0, which holds the most
         split: Partition(architecture, split, 0, ranks) for split in WEIGHT_SPLITS
     }

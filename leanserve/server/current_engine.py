@@ -127,8 +127,9 @@ class CurrentEngine:
         self._settled.set()
 
     def note_last_words(self, message: str) -> None:
-        """It, or one of its ranks, said why it ends. What is said first counts."""
-        self._last_words = self._last_words or message
+        """It, or one of its ranks, said why it ends. What is said first counts, and nothing after it is gone."""
+        if self.is_attached:
+            self._last_words = self._last_words or message
 
     def lose(self, message: str, gone_ranks: list[str]) -> float | None:
         """It is gone. Returns after how many seconds another one may load; None: there is to be none, it has failed.
@@ -138,6 +139,7 @@ class CurrentEngine:
             gone_ranks: those whose processes have ended.
         """
         self.is_attached = False
+        self.load = EngineLoad()
         message, self._last_words = self._last_words or message, None
         if gone_ranks:
             message = f"{', '.join(gone_ranks)} gone; {message}"
@@ -158,7 +160,7 @@ class CurrentEngine:
     def fail(self, message: str) -> None:
         """It is gone for good. The first reason stands."""
         if self.state != "failed":
-            self.state, self.failure = "failed", message
+            self.state, self.failure, self.load = "failed", message, EngineLoad()
         self._settled.set()
         self._failed.set()
 

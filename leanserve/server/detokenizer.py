@@ -101,11 +101,9 @@ class TextStream:
 
     def _scan(self, new: str) -> tuple[str, bool]:
         """Find the stop string that is complete first (of those, the one that begins first), or let safe text go."""
-        if not self._stop or self._num_tokens < self._min_tokens:
-            return new, False
         text = self._held_text + new
         found: tuple[int, int, str] | None = None
-        for stop in self._stop:
+        for stop in self._stop if self._num_tokens >= self._min_tokens else ():
             start = text.find(stop)
             if start >= 0:
                 candidate = (start + len(stop), start, stop)

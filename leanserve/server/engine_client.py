@@ -17,7 +17,7 @@ from uuid import uuid4
 import msgspec
 
 from leanserve.contracts.config import EngineConfig
-from leanserve.contracts.errors import EngineError
+from leanserve.contracts.errors import EngineError, OverloadedError
 from leanserve.contracts.messages import (
     Abort,
     Configure,
@@ -230,8 +230,8 @@ class EngineClient:
         times = self.statistics.submitted(stream.arrived_at, len(prompt_token_ids) // TOKEN_ID_BYTES)
         submit = self.live.add(LiveRequest(request_id, prompt_token_ids, sampling, stream, times))
         if submit is not None and not self._socket.send(submit):
-            self.live.remove(request_id)
-            raise EngineError("the engine is not connected")
+            self.live.remove(request_id)  # it has just gone, and `lose` has not heard of it yet
+            raise OverloadedError("the engine is not connected; try again soon", retry_after_s=2)
 
     def _abort(self, request_id: str, reason: FinishReason) -> None:
         request = self.live.get(request_id)
@@ -293,7 +293,7 @@ class EngineClient:
         logger.error("rank %d failed: %s", message.rank, message.message, extra=extra)
         if message.is_final:
             self.fail(f"rank {message.rank}: {message.message}")
-        elif self.engine.is_attached:
+        else:
             self.engine.note_last_words(f"rank {message.rank}: {message.message}")
 
     def on_unreadable(self) -> None:
@@ -317,6 +317,7 @@ class EngineClient:
         if self.engine.state == "failed":
             return
         self.engine.attach()
+        self.health.forget()  # what ranks of the one before have said since
         if self._config is not None:
             assert self._socket.pulse_address is not None
             configure = Configure(self._config, os.getpid(), self._socket.pulse_address)

@@ -17,7 +17,7 @@ from leanserve.contracts.messages import FromEngine, FromRank, ToEngine, decode_
 
 __all__ = ["EngineListener", "EngineSocket"]
 
-_FAREWELL_MS = 200
+_FAREWELL_MS = 1000
 """Longest wait, when closing, for the last messages (a Shutdown) to leave."""
 
 logger = logging.getLogger("leanserve.server")

@@ -35,6 +35,8 @@ class HttpCounts:
         """By error code, answers and error frames alike."""
         self.unknown_fields = 0
         """Fields of bodies that nobody here has heard of."""
+        self.open_streams = 0
+        """Answers that are being streamed now."""
 
 
 class Metrics:

@@ -126,6 +126,8 @@ class OutputStream:
             self._lift_deadlines()
         else:
             self._live.discard(request_id)
+            if not self._live:
+                self._lift_deadlines()
             self._queue = deque(output for output in self._queue if output.request_id != request_id)
         self._queued_tokens = sum(len(output.token_ids) for output in self._queue)
 
@@ -168,6 +170,7 @@ class OutputStream:
         for request_id in self._live:
             self._abort_at_engine(request_id, "error")
         self._live.clear()
+        self._lift_deadlines()
         if drop_queue:
             self._queue.clear()
             self._queued_tokens = 0

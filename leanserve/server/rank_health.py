@@ -1,10 +1,10 @@
 """What every rank last said of itself, and what is wrong with it. Judges by this process's clock alone."""
 
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from leanserve.contracts.machine import this_machine
 from leanserve.contracts.messages import Pulse
 
 __all__ = ["HeardPulse", "RankHealth"]
@@ -39,7 +39,7 @@ class RankHealth:
 
     def gone(self) -> list[str]:
         """Ranks of this machine whose processes have ended."""
-        here = socket.gethostname()
+        here = this_machine()
         pulses = [heard.pulse for _, heard in sorted(self.ranks.items())]
         return [f"rank {p.rank} (pid {p.pid})" for p in pulses if p.host == here and not _is_running(p.pid)]
 

@@ -125,10 +125,14 @@ class Serving:
         await self.prompts.close()
 
     async def drain(self, grace_s: float, hurry: asyncio.Event) -> None:
-        """Let nobody in, give live requests `grace_s` to finish, or until `hurry`, then end the rest with an error."""
+        """Let nobody in, give live requests `grace_s` to finish, or until `hurry`, then end the rest with an error.
+
+        A stream whose last token has come is live until its client has taken it."""
         self.is_draining = True
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
-        while self.client.live_requests and loop.time() < deadline and not hurry.is_set():
+        while self.client.live_requests or self.counts.open_streams:
+            if loop.time() >= deadline or hurry.is_set():
+                break
             await asyncio.sleep(0.02)
         self.client.end_all("the server is shutting down")

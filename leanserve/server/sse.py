@@ -37,9 +37,11 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._facts = facts_of(scope)
+        self._counts.open_streams += 1
         try:
             await super().__call__(scope, receive, send)
         finally:  # a disconnect cancels the sending and leaves the generator where it stands
+            self._counts.open_streams -= 1
             self._facts.completion_tokens = self._answer.completion_tokens
             if not self._outputs.finished:
                 self._counts.disconnects[self._outputs.phase] += 1

@@ -1,6 +1,7 @@
 """Through the HTTP server: the bundled model's answers do not depend on ranks, and are those of transformers."""
 
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ from leanserve.bundled.needles import ask_needles
 from leanserve.bundled.own_server import own_server
 from leanserve.contracts.errors import ConfigError, EngineError
 from leanserve.launch.options import LaunchOptions
-from leanserve.server.http_server import bind_socket
 from live_server import free_port
 
 TOKENIZER = Tokenizer.from_file(str(bundled_model_dir() / "tokenizer.json"))
@@ -93,9 +93,9 @@ def test_what_a_server_refuses_is_told(urls: dict[int, str]) -> None:
 
 
 def test_nobody_and_strangers_are_told_apart() -> None:
-    listener = bind_socket("127.0.0.1", 0)
-    free = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    listener.close()
+    holder = socket.socket()  # nobody else takes the port, and nobody listens there
+    holder.bind(("127.0.0.1", 0))
+    free = f"http://127.0.0.1:{holder.getsockname()[1]}"
     assert served_model(free) is None
     with pytest.raises(ConfigError, match="http://127"):
         served_model("ftp://127.0.0.1")
@@ -105,6 +105,7 @@ def test_nobody_and_strangers_are_told_apart() -> None:
         run_demo(DemoOptions(url=free, tokens=60, depth=0.5, seed=1, ranks=2))
     with pytest.raises(ConfigError, match="depth is 2"):
         run_demo(DemoOptions(url=free, tokens=600, depth=2, seed=1, ranks=2))
+    holder.close()
 
 
 @pytest.mark.slow

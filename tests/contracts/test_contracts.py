@@ -1,6 +1,7 @@
 """Data that rooms exchange: checked once, and the same after a trip over the wire."""
 
 import math
+import socket
 from array import array
 
 import pytest
@@ -11,6 +12,7 @@ from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
 from leanserve.contracts.errors import ConfigError, RequestError
 from leanserve.contracts.kv_sharding import KvSharding, PageGrant
 from leanserve.contracts.logprobs import Logprobs
+from leanserve.contracts.machine import this_machine
 from leanserve.contracts.messages import Configure, Submit, decode_to_engine, encode
 from leanserve.contracts.sampling import SamplingParams
 
@@ -166,3 +168,12 @@ def test_a_wrong_choice_lists_the_right_ones(wrong):
 def test_the_errors_are_those_of_the_drawing():
     for name in errors.__all__:
         assert name in (errors.__doc__ or ""), f"{name} is missing from the tree in the docstring"
+
+
+def test_machines_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = this_machine()
+    assert name == this_machine()
+    assert name.startswith(f"{socket.gethostname()}/")
+    monkeypatch.setattr("leanserve.contracts.machine.os.readlink", lambda path: "pid:[of another container]")
+    assert this_machine() != name
+    assert this_machine().startswith(f"{socket.gethostname()}/")

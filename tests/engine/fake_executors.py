@@ -1,5 +1,6 @@
 """Executors for engine tests: each does what its name says."""
 
+import threading
 import zlib
 from collections.abc import Container, Iterable
 
@@ -32,6 +33,22 @@ class FailingExecutor(EchoExecutor):
     def __call__(self, batch: Batch) -> StepResult:
         if batch.step == self.at_step:
             raise self.error
+        return super().__call__(batch)
+
+
+class HeldExecutor(EchoExecutor):
+    """Echoes, and waits in step `at_step` until it may go on."""
+
+    def __init__(self, at_step: int) -> None:
+        super().__init__()
+        self.at_step = at_step
+        self.is_held = threading.Event()
+        self.go_on = threading.Event()
+
+    def __call__(self, batch: Batch) -> StepResult:
+        if batch.step == self.at_step:
+            self.is_held.set()
+            self.go_on.wait()
         return super().__call__(batch)
 
 

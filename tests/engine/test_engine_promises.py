@@ -4,7 +4,7 @@ preempted and cached pages forgotten. `CheckedRun` checks them after every step.
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.workload import CheckedRun, toy_submit
@@ -29,7 +29,7 @@ steps = st.tuples(st.just("step"), st.integers(1, 12))
 def test_every_request_ends_once_with_the_tokens_it_gets_alone() -> None:
     steps_seen = 0
 
-    @settings(max_examples=450, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=600)
     @given(shardings, options, st.lists(st.one_of(arrivals, forks, steps, aborts), min_size=8, max_size=40))
     def live(sharding: KvSharding, options: BatchOptions, events: list[tuple]) -> None:
         nonlocal steps_seen

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import zmq
 
-from engine.fake_executors import EchoExecutor, FailingExecutor, ToyModelExecutor, toy_completion
+from engine.fake_executors import EchoExecutor, FailingExecutor, HeldExecutor, ToyModelExecutor, toy_completion
 from engine.workload import token_bytes
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.config import BatchOptions
@@ -27,7 +27,7 @@ from leanserve.engine.engine import Engine
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.service import serve
 
-PATIENCE_MS = 10_000
+PATIENCE_MS = 60_000
 
 
 class FrontEnd:
@@ -122,10 +122,12 @@ def test_every_step_reports_the_load() -> None:
 
 
 def test_an_abort_is_answered_and_its_pages_come_back() -> None:
-    with serving(EchoExecutor()) as front_end:
+    executor = HeldExecutor(at_step=3)
+    with serving(executor) as front_end:
         front_end.send(submit("a", 3, 250))
         front_end.receive()
         front_end.send(Abort("a"), Abort("unknown"))
+        executor.go_on.set()
         outputs = front_end.outputs_until("a")
         assert outputs[-1] == TokenOutput("a", [], "abort")
         assert front_end.receive().pages_used_per_rank == (0, 0)
@@ -209,13 +211,15 @@ def test_an_idle_engine_looks_after_its_ranks(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("how", ["message", "event"])
 def test_a_shutdown_ends_all_requests_and_the_service(how: str) -> None:
-    with serving(EchoExecutor()) as front_end:
+    executor = HeldExecutor(at_step=3)
+    with serving(executor) as front_end:
         front_end.send(submit("a", 3, 290))
         front_end.receive()
         if how == "message":
             front_end.send(Shutdown())
         else:
             front_end.stop.set()
+        executor.go_on.set()
         assert front_end.outputs_until("a")[-1].error == "the engine is shutting down"
         front_end.join()
         assert front_end.raised == []
@@ -223,18 +227,22 @@ def test_a_shutdown_ends_all_requests_and_the_service(how: str) -> None:
 
 
 def test_a_front_end_that_does_not_read_holds_the_engine_up_and_loses_nothing() -> None:
-    executor = EchoExecutor()
+    """Two queues of five, and one message in hand."""
+    executor = HeldExecutor(at_step=11)
     with serving(executor, high_water_mark=5) as front_end:
         front_end.send(submit("a", 3, 200))
-        front_end.thread.join(0.5)
-        assert len(executor.batches) <= 11, "two queues of five, and one message in hand"
-        outputs = front_end.outputs_until("a")
-        assert [output.token_ids for output in outputs] == [[1]] * 200
+        assert executor.is_held.wait(PATIENCE_MS / 1000)
+        executor.go_on.set()
+        for received in range(1, 201):
+            assert front_end.receive().outputs[0].token_ids == [1]
+            assert len(executor.batches) <= received + 11
 
 
 def test_a_stuck_front_end_does_not_keep_the_engine_from_stopping() -> None:
-    with serving(EchoExecutor(), high_water_mark=5) as front_end:
+    executor = HeldExecutor(at_step=11)
+    with serving(executor, high_water_mark=5) as front_end:
         front_end.send(submit("a", 3, 200))
-        front_end.thread.join(0.3)
+        assert executor.is_held.wait(PATIENCE_MS / 1000)
+        executor.go_on.set()
         front_end.stop.set()
         front_end.join()

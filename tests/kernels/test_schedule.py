@@ -16,7 +16,7 @@ SCHEDULES = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SCHEDULES)
 def test_every_tile_is_dealt_once_and_evenly(schedule):
     dealt, loads = [], []
@@ -33,7 +33,7 @@ def test_every_tile_is_dealt_once_and_evenly(schedule):
     assert set(schedule.empty) == {b for b, n in enumerate(schedule.tiles) if n == 0}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SCHEDULES)
 def test_pieces_of_a_row_lie_where_the_reducer_looks(schedule):
     pieces = [p for cta in range(schedule.num_ctas) for p in schedule.pieces(cta)]

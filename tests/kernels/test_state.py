@@ -17,7 +17,7 @@ def state_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionStat
     return lean_decode(q, kv, plan_decode(kv, q.shape[1], backend="portable"))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_random_splits_merge_to_the_whole_in_any_order(data):
     tokens = data.draw(st.integers(1, 60), label="tokens")

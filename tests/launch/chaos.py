@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 
-from live_server import LiveServer
+from live_server import PATIENCE_S, LiveServer
 
 DISCONNECTING, STALLING = 0.2, 0.1
 """Shares of the clients."""
@@ -131,7 +131,7 @@ class Chaos:
         until = time.monotonic() + duration_s
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=self.server.url, timeout=120, limits=limits) as http:
-            attacker = asyncio.create_task(self._attack(until))
+            attacker = asyncio.create_task(self._attack(http, until))
             await asyncio.gather(*(self._client(http, number, until) for number in range(self.clients)))
             await attacker
             await self._settle(http)
@@ -176,13 +176,13 @@ class Chaos:
         except TimeoutError:
             pass
 
-    async def _attack(self, until: float) -> None:
+    async def _attack(self, http: httpx.AsyncClient, until: float) -> None:
         while True:
             pause_s = self._chance.uniform(*self.attack_every_s)
             if time.monotonic() + pause_s > until:
                 return
             await asyncio.sleep(pause_s)
-            ranks = httpx.get(f"{self.server.url}/health", timeout=10).json().get("ranks", [])
+            ranks = (await http.get("/health")).json().get("ranks", [])
             if not ranks:
                 continue
             rank = self._chance.choice(ranks)
@@ -205,7 +205,7 @@ class Chaos:
 
     async def _settle(self, http: httpx.AsyncClient) -> None:
         """No page is referenced once nobody asks."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 health = (await http.get("/health")).json()
                 idle = health.get("state") == "ready" and health["live_requests"] == 0
@@ -216,5 +216,5 @@ class Chaos:
 
 def leftovers(processes: list[psutil.Process], run_dir: str) -> list[str]:
     """What should not be there after the end."""
-    left = [f"process {p.pid}" for p in psutil.wait_procs(processes, timeout=10)[1]]
+    left = [f"process {p.pid}" for p in psutil.wait_procs(processes, timeout=PATIENCE_S)[1]]
     return left + ([run_dir] if os.path.exists(run_dir) else [])

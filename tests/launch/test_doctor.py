@@ -68,7 +68,7 @@ def test_options_that_contradict_each_other_are_an_error() -> None:
         ({}, 8, 0, 0),
         ({"shm_free": 60 << 20}, 1, 0, 0),
         ({"shm_free": 60 << 20}, 2, 1, 0),
-        ({"temporary_dir": Path("/" + "long" * 25)}, 0, 1, 0),
+        ({"temporary_dir": Path("/" + "long" * 25)}, 0, 0, 1),
         ({"open_files": 1024}, 0, 0, 1),
         ({"cgroup_limit": 1 << 30}, 0, 0, 1),
     ],

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import httpx
 import pytest
 
 from checkpoints import checkpoint
-from live_server import LiveServer, live_server
+from launch.test_staying_up import WITH_FAULTS
+from live_server import LiveServer, Stream, live_server
 
 SMALL = ("--device", "cpu", "--page-tokens", "16", "--kv-memory", "8MiB", "--ranks", "2")
 
@@ -37,18 +37,19 @@ def test_a_killed_rank_and_a_stopped_one_are_told(tmp_path_factory, tmp_path) ->
     model_dir = checkpoint(tmp_path_factory, "llama")
     log = tmp_path / "log"
     options = ("--step-timeout", "2", "--log-format", "json")
-    body = {"prompt": [41, 42, 43, 44], "max_tokens": 400, "ignore_eos": True, "return_token_ids": True}
+    body = {"prompt": [41, 42, 43, 44], "max_tokens": 400, "ignore_eos": True}
+    held = tmp_path / "held"
+    environment = WITH_FAULTS | {"FAULT_HELD": str(held)}
     pids: list[int] = []
-    with live_server(str(model_dir), *SMALL, *options, log=log) as server:
+    with live_server(str(model_dir), *SMALL, *options, log=log, environment=environment) as server:
         for number in (signal.SIGKILL, signal.SIGSTOP):
-            answers: list[httpx.Response] = []
-            request = threading.Thread(target=lambda into=answers: into.append(server.post(**body)))
             pids.append(pid_of_rank(server, 1))
-            request.start()
-            time.sleep(0.3)
+            request = Stream(server, body)
+            held.touch()
             os.kill(pids[-1], number)
-            request.join()
-            assert len(answers[0].json()["choices"][0]["token_ids"]) == 400
+            held.unlink()
+            tokens, reasons = request.result()
+            assert (len(tokens), reasons) == (400, ["length"])
     told = events(log)
     assert all({"time", "level", "event", "message"} <= set(event) for event in told)
     assert {"ready", "draining"} <= {event["event"] for event in told}

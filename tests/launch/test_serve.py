@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from checkpoints import checkpoint, hf_greedy, random_prompts
-from live_server import free_port, live_server
+from live_server import PATIENCE_S, live_server
 
 GREEDY = {"temperature": 0, "max_tokens": 8, "return_token_ids": True}
 SMALL = ("--device", "cpu", "--page-tokens", "16", "--kv-memory", "8MiB")
@@ -44,14 +44,16 @@ def leanserve(*arguments: str, **options) -> "subprocess.CompletedProcess[str]":
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=2 * PATIENCE_S,
         env=os.environ | {"COLUMNS": "200"},
         **options,
     )
 
 
 def test_two_ranks_serve_many_streams_and_leave_nothing(model_dir, prompts, expected, tmp_path):
-    with live_server(str(model_dir), "--ranks", "2", *SMALL, log=tmp_path / "log") as server:
+    temporary = Path(tempfile.mkdtemp(prefix="ls-", dir="/tmp"))  # a short path, for sockets
+    options = ("--ranks", "2", *SMALL)
+    with live_server(str(model_dir), *options, log=tmp_path / "log", environment={"TMPDIR": str(temporary)}) as server:
         assert answers_of(server, prompts) == expected
         assert "torch" not in _modules_of(server.process.pid)
 
@@ -67,12 +69,11 @@ def test_two_ranks_serve_many_streams_and_leave_nothing(model_dir, prompts, expe
         assert len(processes) >= 4  # front end, agent, two ranks
         run_dir = Path(processes[-1].environ()["LEANSERVE_RUN_DIR"])
         assert run_dir.stat().st_mode & 0o777 == 0o700
-        started = time.monotonic()
         assert server.stop(signal.SIGINT) == 0
-        assert time.monotonic() - started < 15
-        _, alive = psutil.wait_procs(processes, timeout=5)
+        _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
         assert not alive
-    assert not run_dir.exists()
+    assert run_dir.parent == temporary
+    temporary.rmdir()  # it is empty
     log = (tmp_path / "log").read_text()
     assert "2 x CPU" in log
     assert "curl http://127.0.0.1" in log
@@ -82,24 +83,21 @@ def test_two_ranks_serve_many_streams_and_leave_nothing(model_dir, prompts, expe
 def test_torchrun_with_three_ranks_answers_the_same_bytes(model_dir, prompts, expected, tmp_path):
     with live_server(str(model_dir), *SMALL, log=tmp_path / "log", torchrun_ranks=3) as server:
         assert answers_of(server, prompts) == expected
-        front_ends = [p for p in psutil.process_iter(["cmdline"]) if _is_front_end(p, server.url.rsplit(":", 1)[1])]
+        front_ends = [p for p in server.processes() if "LEANSERVE_AGENT_PID" in p.environ()]
         assert front_ends
         assert server.stop(signal.SIGTERM) != 0  # torchrun's own word for being told to stop
-        _, alive = psutil.wait_procs(front_ends, timeout=15)
+        _, alive = psutil.wait_procs(front_ends, timeout=PATIENCE_S)
         assert not alive
-
-
-def _is_front_end(process: psutil.Process, port: str) -> bool:
-    command = process.info["cmdline"] or []
-    return "leanserve" in command and port in command and "torch.distributed.run" not in command
 
 
 def test_a_killed_front_end_takes_its_ranks_along(model_dir, tmp_path):
     with live_server(str(model_dir), "--ranks", "2", *SMALL, log=tmp_path / "log") as server:
         processes = server.processes()
+        run_dir = Path(processes[-1].environ()["LEANSERVE_RUN_DIR"])
         server.process.kill()
-        _, alive = psutil.wait_procs(processes, timeout=15)
+        _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
         assert not alive
+    assert not run_dir.exists()
 
 
 def test_a_killed_rank_ends_the_server_with_one_clear_line(model_dir, tmp_path):
@@ -107,7 +105,7 @@ def test_a_killed_rank_ends_the_server_with_one_clear_line(model_dir, tmp_path):
     with live_server(str(model_dir), *options, log=tmp_path / "log") as server:
         rank = next(p for p in server.processes() if "leanserve.launch.rank" in " ".join(p.cmdline()))
         rank.kill()
-        assert server.process.wait(30) == 1
+        assert server.process.wait(PATIENCE_S) == 1
     log = (tmp_path / "log").read_text()
     assert "was ended by SIGKILL" in log
     assert "Traceback" not in log
@@ -120,13 +118,12 @@ def test_a_taken_port_is_reported_before_anything_loads(model_dir):
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        started = time.monotonic()
         result = leanserve("serve", str(model_dir), "--port", str(port))
         assert result.returncode == 1
         assert f"port {port}" in result.stderr
         assert "--port" in result.stderr
         assert "Traceback" not in result.stderr
-        assert time.monotonic() - started < 30
+        assert "LeanServe" not in result.stderr, "the first line of one that goes on"
 
 
 @pytest.mark.parametrize(
@@ -155,14 +152,14 @@ def test_a_wrong_flag_says_what_is_allowed(model_dir, arguments, expected):
 
         if torch.version.cuda is not None:
             pytest.skip("this torch can use CUDA")
-    result = leanserve("serve", str(model_dir), "--port", str(free_port()), *arguments)
+    result = leanserve("serve", str(model_dir), "--port", "0", *arguments)
     assert result.returncode != 0
     assert expected in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.stderr
 
 
 def test_a_missing_model_is_named():
-    result = leanserve("serve", "/nowhere/at-all", "--port", str(free_port()))
+    result = leanserve("serve", "/nowhere/at-all", "--port", "0")
     assert result.returncode == 1
     assert "/nowhere/at-all" in result.stderr
 
@@ -183,7 +180,7 @@ def _modules_of(pid: int) -> str:
 def _stream(url: str, body: dict[str, object]) -> list[int]:
     tokens: list[int] = []
     finish_reasons = []
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=2 * PATIENCE_S) as response:
         assert response.status_code == 200
         lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"

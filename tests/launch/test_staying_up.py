@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import pytest
 
 from checkpoints import VOCAB_SIZE, checkpoint, hf_greedy, random_prompts
 from launch.chaos import Chaos, ask, leftovers, questions
-from live_server import LiveServer, live_server
+from live_server import PATIENCE_S, LiveServer, Stream, live_server
 
 SMALL = ("--device", "cpu", "--page-tokens", "16", "--kv-memory", "8MiB")
 FAULTS = str(Path(__file__).with_name("faults"))
+WITH_FAULTS = {"PYTHONPATH": os.pathsep.join([FAULTS, os.environ.get("PYTHONPATH", "")])}
 DEADLY = 77
 
 
@@ -48,10 +48,11 @@ def run_chaos(model_dir: Path, log: Path, duration_s: float, attack_every_s: tup
         tally = asyncio.run(chaos.run(duration_s))
         print(tally)
         processes = server.processes()
-        assert server.stop(timeout_s=60) == 0
+        assert server.stop() == 0
         assert leftovers(processes, run_dir) == []
     assert tally.wrong == []
-    assert tally.blamed < len(tally.attacks), "one attack can be laid to one request, and the first one to none"
+    restarts = log.read_text().count("wait for restart")  # attacks, and what a busy machine took for one
+    assert tally.blamed < restarts, "one failure can be laid to one request, and the first one to none"
     assert tally.finished > 0
     assert tally.resumed_streams > 0
     return chaos
@@ -79,65 +80,78 @@ def test_ten_minutes_of_chaos(model_dir, tmp_path):
 
 def test_a_deadly_request_and_a_desync_are_named_and_survived(model_dir, tmp_path):
     diverge = tmp_path / "diverge"
-    environment = {
-        "PYTHONPATH": os.pathsep.join([FAULTS, os.environ.get("PYTHONPATH", "")]),
-        "FAULT_DEADLY_TOKEN": str(DEADLY),
-        "FAULT_DIVERGE": str(diverge),
-    }
+    environment = WITH_FAULTS | {"FAULT_DEADLY_TOKEN": str(DEADLY), "FAULT_DIVERGE": str(diverge)}
     prompt = random_prompts([30], seed=3)[0]
     expected = hf_greedy(model_dir, [prompt], 120)[0]
     body = {"prompt": prompt, "max_tokens": 120, "temperature": 0, "return_token_ids": True}
     with live_server(str(model_dir), "--ranks", "2", *SMALL, log=tmp_path / "log", environment=environment) as server:
-        answers: list[Any] = []
-        good = threading.Thread(target=lambda: answers.append(server.post(**body).json()))
-        good.start()
+        good = Stream(server, body)
         bad = server.post(prompt=[DEADLY] * 5, max_tokens=3)
         assert bad.status_code == 503
         assert "died twice while it worked on this request" in bad.json()["error"]["message"]
-        good.join()
-        assert answers[0]["choices"][0]["token_ids"] == expected
+        assert good.result() == (expected, ["length"])
 
         diverge.write_text("1")
         assert server.post(**body).json()["choices"][0]["token_ids"] == expected
     log = (tmp_path / "log").read_text()
     assert "rank 1 has checksum" in log
     lines = log.splitlines()
-    assert any("the ranks have drifted apart" in line and "wait for restart" in line for line in lines)
+    assert any("the ranks have drifted apart" in line for line in lines)
+    assert sum("wait for restart" in line for line in lines) == 3, "the deadly request twice, and the desync"
     assert any("alone on probation when the engine died: it is failed, and not tried again" in line for line in lines)
 
 
-def test_sigterm_lets_streams_finish_and_a_second_one_does_not_wait(model_dir, tmp_path):
+def test_sigterm_lets_streams_finish_and_a_second_signal_does_not_wait(model_dir, tmp_path):
+    """SIGHUP, of a terminal that is closed, is as good as SIGTERM. The engine is held until the server drains."""
+    held = tmp_path / "held"
+    environment = WITH_FAULTS | {"FAULT_HELD": str(held)}
     options = (str(model_dir), "--ranks", "1", *SMALL)
     body = {"prompt": [5, 6, 7], "max_tokens": 400, "temperature": 0, "stream": True, "ignore_eos": True}
-    for signals in (1, 2):
-        with live_server(*options, log=tmp_path / "log") as server:
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    for signals in ([signal.SIGTERM], [signal.SIGTERM if under_nohup else signal.SIGHUP, signal.SIGTERM]):
+        with live_server(*options, log=tmp_path / "log", environment=environment) as server:
             processes, run_dir = server.processes(), run_dir_of(server)
             lines: list[str] = []
-            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S) as response:
                 for line in response.iter_lines():
                     lines.append(line)
                     if len(lines) == 10:
-                        server.process.send_signal(signal.SIGTERM)
+                        held.touch()
+                        server.process.send_signal(signals[0])
                         wait_until_draining(server)
-                        if signals == 2:
-                            server.process.send_signal(signal.SIGTERM)
+                        if len(signals) == 2:
+                            server.process.send_signal(signals[1])
+                        else:
+                            held.unlink()
+            held.unlink(missing_ok=True)
             ends = [line for line in lines if line.startswith("data: ")]
             assert ends[-1] == "data: [DONE]"
             last = json.loads(ends[-2].removeprefix("data: "))
-            if signals == 1:
+            if len(signals) == 1:
                 assert last["choices"][0]["finish_reason"] == "length"
             else:
                 assert "shutting down" in last["error"]["message"]
-            assert server.process.wait(20) == 0
+            assert server.process.wait(PATIENCE_S) == 0
             assert leftovers(processes, run_dir) == []
 
 
+@pytest.mark.slow
+def test_a_stopped_rank_does_not_outlive_its_server(model_dir, tmp_path):
+    with live_server(str(model_dir), "--ranks", "2", *SMALL, log=tmp_path / "log") as server:
+        processes, run_dir = server.processes(), run_dir_of(server)
+        stopped = [p for p in processes if "leanserve.launch.rank" in p.cmdline()][1]
+        deadline = time.monotonic() + PATIENCE_S
+        while len(httpx.get(f"{server.url}/health", timeout=PATIENCE_S).json()["ranks"]) < 2:  # known by their pulses
+            assert time.monotonic() < deadline
+        stopped.suspend()
+        assert server.stop() == 0
+        assert leftovers(processes, run_dir) == []
+
+
 def wait_until_draining(server: LiveServer) -> None:
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        refused = server.post(prompt=[5], max_tokens=1)
-        if refused.status_code == 503:
-            assert "retry-after" in refused.headers
-            assert httpx.get(f"{server.url}/ready").status_code == 503
-            return
-    raise AssertionError("new work is still accepted")
+    deadline = time.monotonic() + PATIENCE_S
+    while httpx.get(f"{server.url}/ready", timeout=PATIENCE_S).status_code != 503:
+        assert time.monotonic() < deadline, "new work is still accepted"
+    refused = server.post(prompt=[5], max_tokens=1)
+    assert refused.status_code == 503
+    assert "retry-after" in refused.headers

@@ -1,9 +1,7 @@
 """A user's own torchrun: it starts failed ranks again, and its SIGTERM is a drain."""
 
-import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import httpx
 import pytest
 
 from checkpoints import checkpoint, hf_greedy, random_prompts
-from live_server import LiveServer, live_server
+from live_server import LiveServer, Stream, live_server
 
 pytestmark = pytest.mark.slow
 
@@ -23,35 +21,6 @@ TOKENS = 400
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory) -> Path:
     return checkpoint(tmp_path_factory, "llama")
-
-
-class Stream:
-    """One request, read by a thread of its own; `begun` is set after ten tokens."""
-
-    def __init__(self, server: LiveServer, prompt: list[int]) -> None:
-        self.tokens: list[int] = []
-        self.reasons: list[str] = []
-        self.begun = threading.Event()
-        self._url = f"{server.url}/v1/completions"
-        self._body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-        assert self.begun.wait(60)
-
-    def _read(self) -> None:
-        body = self._body | {"return_token_ids": True, "ignore_eos": True}
-        with httpx.stream("POST", self._url, json=body, timeout=120) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    (choice,) = json.loads(line.removeprefix("data: "))["choices"]
-                    self.tokens += choice["token_ids"]
-                    self.reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
-                    if len(self.tokens) >= 10:
-                        self.begun.set()
-
-    def result(self) -> tuple[list[int], list[str]]:
-        self._thread.join()
-        return self.tokens, self.reasons
 
 
 def ranks_of(server: LiveServer) -> list[dict[str, Any]]:
@@ -70,12 +39,12 @@ def test_ranks_are_started_again_and_sigterm_drains(model_dir, tmp_path) -> None
     log = tmp_path / "log"
     with live_server(str(model_dir), *SMALL, log=log, torchrun_ranks=2, max_restarts=5) as server:
         for rank in (1, 0):
-            stream = Stream(server, prompt)
+            stream = Stream(server, {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True})
             os.kill(ranks_of(server)[rank]["pid"], signal.SIGKILL)
             assert stream.result() == (expected, ["length"])
         ranks_of(server)
         processes = server.processes()
-        stream = Stream(server, prompt)
+        stream = Stream(server, {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True})
         server.process.send_signal(signal.SIGTERM)
         assert stream.result() == (expected, ["length"])
         server.process.wait(40)

@@ -7,12 +7,14 @@ warning is checked. A trusted run's medians may be off by its median lag, and it
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from leanserve.loadtest.arrivals import ClosedLoop, OpenLoop
@@ -31,19 +33,42 @@ from loadtest.known_server import KnownServer, known_server
 
 
 def patiently(test: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Three times before it fails: a machine that is busy for a moment is late in ways no sample of lag shows."""
+    """Three times before it fails, and it fails only where the machine had time for it: one that is busy with something
+    else is late in ways no sample of lag shows."""
 
     @wraps(test)
     def repeated(tmp_path: Path) -> None:
-        for attempt in ("first", "second"):
+        others = OthersLoad()
+        for attempt in ("first", "second", "third"):
             try:
                 (tmp_path / attempt).mkdir()
                 return test(tmp_path / attempt)
-            except AssertionError:
-                continue
-        return test(tmp_path)
+            except AssertionError as error:
+                failure = error
+        if others.cores() > 0.1:
+            pytest.skip(f"other programs keep {others.cores():.1f} cores busy: no time measured here can be trusted")
+        raise failure
 
     return repeated
+
+
+class OthersLoad:
+    """How much of the machine programs other than this one and its children have used since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._before_s = self._busy_s()
+
+    def cores(self) -> float:
+        return (self._busy_s() - self._before_s) / (time.monotonic() - self._began)
+
+    @staticmethod
+    def _busy_s() -> float:
+        """CPU time of everybody but us, since the machine started."""
+        machine, ours = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle_s = machine.idle + getattr(machine, "iowait", 0.0)
+        ours_s = ours.user + ours.system + ours.children_user + ours.children_system
+        return sum(machine[:8]) - idle_s - ours_s
 
 
 def run(server: KnownServer, arrivals: OpenLoop | ClosedLoop, timeout_s: float = 60, **options) -> RunResult:
@@ -173,40 +198,42 @@ def test_slopes_over_prompt_length_and_context_position_are_found(tmp_path):
     assert measures.decode_by_position[-1].last == 8011
 
 
-def test_fits_of_exact_times_are_exact():
-    def record(index: int, tokens: int) -> Record:
-        ttft_ms = 30 + 0.04 * tokens + (500 if index == 3 else 0)  # one was queued
-        chunk_ms = [ttft_ms]
-        for token in range(1, 12):
-            chunk_ms.append(chunk_ms[-1] + 4 + 0.003 * (tokens + token))
-        return Record(
-            index=index,
-            request_id="",
-            conversation=index,
-            turn=0,
-            outcome="ok",
-            intended_s=0,
-            client_delay_ms=0,
-            prompt_tokens_asked=tokens,
-            output_tokens_asked=12,
-            output_tokens=12,
-            chunk_ms=chunk_ms,
-            chunk_tokens=[1] * 12,
-            ttft_ms=ttft_ms,
-            last_token_ms=chunk_ms[-1],
-            e2e_ms=chunk_ms[-1],
-        )
-
-    measures = measure(
-        [record(index, tokens) for index, tokens in enumerate([500, 1000, 2000, 3000, 5000, 8000])], Slo()
+def of_exact_times(index: int, tokens: int, queued_ms: float = 0.0) -> Record:
+    """30 ms and 0.04 for each token of the prompt to the first of 12, then 4 and 0.003 for each token of context."""
+    ttft_ms = 30 + 0.04 * tokens + queued_ms
+    chunk_ms = [ttft_ms]
+    for token in range(1, 12):
+        chunk_ms.append(chunk_ms[-1] + 4 + 0.003 * (tokens + token))
+    return Record(
+        index=index,
+        request_id="",
+        conversation=index,
+        turn=0,
+        outcome="ok",
+        intended_s=0,
+        client_delay_ms=0,
+        prompt_tokens_asked=tokens,
+        output_tokens_asked=12,
+        output_tokens=12,
+        chunk_ms=chunk_ms,
+        chunk_tokens=[1] * 12,
+        ttft_ms=ttft_ms,
+        last_token_ms=chunk_ms[-1],
+        e2e_ms=chunk_ms[-1],
     )
+
+
+def test_fits_of_exact_times_are_exact():
+    lengths = [500, 1000, 2000, 3000, 5000, 8000]
+    records = [of_exact_times(index, tokens, 500 if index == 3 else 0) for index, tokens in enumerate(lengths)]
+    measures = measure(records, Slo())
     assert measures.prefill is not None
     assert measures.decode is not None
     assert measures.prefill.per_1k_tokens_ms == pytest.approx(40)
     assert measures.prefill.at_zero_ms == pytest.approx(30)
     assert measures.decode.per_1k_tokens_ms == pytest.approx(3, rel=1e-3)
     assert measures.decode.at_zero_ms == pytest.approx(4, abs=0.01)
-    assert measure([record(index, 500) for index in range(6)], Slo()).prefill is None
+    assert measure([of_exact_times(index, 500) for index in range(6)], Slo()).prefill is None
 
 
 @patiently
@@ -251,18 +278,15 @@ def test_a_frozen_server_shows_in_the_high_percentiles_of_an_open_loop(tmp_path)
     assert measures.slo_share <= np.mean(least_ms <= 500)
 
 
-@patiently
-def test_goodput_counts_requests_within_every_limit(tmp_path):
-    with known_server(tmp_path, ttft_ms=30, prefill_ms_per_1k=50, gap_ms=5) as server:
-        result = run(server, ClosedLoop(4), requests=16, prompt_tokens="100,100,100,6000", output_tokens=4)
+def test_goodput_counts_requests_within_every_limit():
+    records = [of_exact_times(index, 6000 if index % 4 == 3 else 100) for index in range(16)]
     limits = {"ttft=200ms,tpot=1s": 12, "ttft=10s,tpot=1s": 16, "ttft=200ms,e2e=1ms": 0}
     for text, within in limits.items():
-        measures = measure(result.records, Slo.parse(text))
+        measures = measure(records, Slo.parse(text))
         assert measures.slo_share == within / 16
         assert measures.goodput_rps == pytest.approx(within / measures.duration_s)
 
 
-@patiently
 def test_errors_are_counted_by_kind_and_leave_the_latencies_alone(tmp_path):
     faults = {
         "http 503": {"status": 503},
@@ -272,7 +296,9 @@ def test_errors_are_counted_by_kind_and_leave_the_latencies_alone(tmp_path):
     }
     with known_server(tmp_path) as server:
         for kind, mock in faults.items():
-            result = run(server, ClosedLoop(2), timeout_s=0.6, requests=2, prompt_tokens=8, output_tokens=4, mock=mock)
+            timeout_s = 0.6 if kind == "timeout" else 60
+            few = {"requests": 2, "prompt_tokens": 8, "output_tokens": 4}
+            result = run(server, ClosedLoop(2), timeout_s=timeout_s, mock=mock, **few)
             measures = measure(result.records, Slo())
             assert measures.errors_by_kind == {kind: 2}
             assert measures.ttft_ms.count == measures.e2e_ms.count == 0

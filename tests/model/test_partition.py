@@ -104,6 +104,12 @@ def test_auto_leaves_memory_to_the_cache(small: Architecture) -> None:
     assert choice(of_1_5b, 2, memory_bytes=10**9).split == "all"
 
 
+def test_auto_splits_no_vocabulary_of_fewer_tokens_than_ranks(small: Architecture) -> None:
+    tiny = shaped(small, 64, 128, 2, 4, 3)
+    assert choice(tiny, 3).split in ("replicated", "mlp", "all")
+    assert choice(tiny, 4) == SplitChoice("replicated", "3 tokens cannot be split over 4 ranks")
+
+
 def test_auto_on_a_cpu(small: Architecture) -> None:
     def on_cpu(architecture: Architecture) -> str:
         return choose_split(

@@ -68,6 +68,7 @@ class EchoEngine:
     Args:
         step_s: time between steps.
         fail_after_steps: the whole engine fails after so many.
+        pause_at_tokens: a request that has so many gets no more, for the time being.
     """
 
     stall_token = 7
@@ -82,11 +83,13 @@ class EchoEngine:
         step_s: float = 0.0,
         tokens_per_output: int = 1,
         fail_after_steps: int | None = None,
+        pause_at_tokens: int | None = None,
     ) -> None:
         self.info = info or engine_info()
         self.step_s = step_s
         self.tokens_per_output = tokens_per_output
         self.fail_after_steps = fail_after_steps
+        self.pause_at_tokens = pause_at_tokens
         self.submits: list[Submit] = []
         self.aborts: Counter[str] = Counter()
         self.shutdowns = 0
@@ -154,6 +157,8 @@ class EchoEngine:
     def _step(self, request: _Running) -> TokenOutput | None:
         request_id = request.submit.request_id
         if request.prompt[0] == self.stall_token:
+            return None
+        if self.pause_at_tokens is not None and request.sent >= self.pause_at_tokens:
             return None
         if request.prompt[0] == self.error_token and request.sent == 2:
             del self.running[request_id]

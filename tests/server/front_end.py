@@ -5,11 +5,12 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from leanserve.server.app import create_app
 from leanserve.server.chat_template import ChatTemplate
@@ -19,6 +20,9 @@ from leanserve.server.serving import Serving
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
 from server.echo_engine import EchoEngine
+
+PATIENCE_S = 120
+"""For what comes at once on an idle machine."""
 
 
 @dataclass
@@ -46,11 +50,22 @@ class Live:
         return parse_events(response.text)
 
     async def quiet(self) -> None:
-        """Wait until nothing is live on either side."""
-        async with asyncio.timeout(10):
-            while self.client.live_requests or self.engine.running:
-                await asyncio.sleep(0.005)
-        await asyncio.sleep(0.03)
+        """Wait until nothing is live on either side, and the server has done with every request."""
+        await until(lambda: not (self.client.live_requests or self.engine.running or _requests_under_way()))
+        await asyncio.sleep(0.03)  # for what should not come any more
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Wait for something that comes, sooner or later: a busy machine may take its time."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not holds():
+            await asyncio.sleep(0.002)
+
+
+def _requests_under_way() -> int:
+    """Requests that uvicorn has in hand, each a task of this loop."""
+    tasks = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+    return tasks.count(RequestResponseCycle.run_asgi.__qualname__)
 
 
 def parse_events(text: str) -> list[dict[str, Any]]:
@@ -62,15 +77,22 @@ def parse_events(text: str) -> list[dict[str, Any]]:
 
 @contextlib.asynccontextmanager
 async def connected(
-    max_queued_tokens: int = 1024, client_options: dict[str, Any] | None = None, **engine: Any
+    max_queued_tokens: int = 1024,
+    client_options: dict[str, Any] | None = None,
+    *,
+    ready: bool = True,
+    **engine: Any,
 ) -> AsyncIterator[tuple[EngineClient, EchoEngine]]:
-    """A client and an engine that has not said it is ready."""
+    """A client and an engine, that has said it is ready or not."""
     directory = tempfile.mkdtemp(prefix="ls-")  # short: ipc addresses end at about 100 characters
     address = f"ipc://{directory}/engine"
     client = EngineClient(address, max_queued_tokens=max_queued_tokens, **(client_options or {}))
     client.start()
     echo = EchoEngine(address, **engine)
     try:
+        if ready:
+            await echo.ready()
+            await client.engine.wait_ready()
         yield client, echo
     finally:
         await echo.close()
@@ -90,7 +112,7 @@ async def live_server(
     chat_template: str | None = None,
     **engine: Any,
 ) -> AsyncIterator[Live]:
-    async with connected(max_queued_tokens, client_options, **engine) as (client, echo):
+    async with connected(max_queued_tokens, client_options, ready=False, **engine) as (client, echo):
         server_settings = ServerSettings(**{"model_names": ("echo", "org/echo"), **(settings or {})})
         template = None if chat_template is None else ChatTemplate({"default": chat_template}, {"bos_token": "<s>"})
         app = create_app(client, tokenizer, server_settings, template)
@@ -99,7 +121,7 @@ async def live_server(
         stop = asyncio.Event()
         served = asyncio.create_task(serve_http(app, listener, stop=stop, grace_s=grace_s))
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S, limits=limits) as http:
             if ready:
                 await echo.ready()
                 await client.engine.wait_ready()
@@ -109,5 +131,5 @@ async def live_server(
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
-    """Run a scenario; it fails after a minute instead of hanging."""
-    asyncio.run(asyncio.wait_for(scenario, 60))
+    """Run a scenario; it fails after some minutes instead of hanging."""
+    asyncio.run(asyncio.wait_for(scenario, 2 * PATIENCE_S))

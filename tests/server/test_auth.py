@@ -14,7 +14,7 @@ from leanserve.server.app import create_app
 from leanserve.server.auth import key_digests, read_key_file
 from leanserve.server.engine_client import EngineClient
 from leanserve.server.settings import ServerSettings
-from server.front_end import Live, live_server, run
+from server.front_end import Live, live_server, run, until
 from server.test_http import is_error, sent
 
 KEY, OTHER = "sk-first-key-0001", "sk-other-key-0002"
@@ -140,9 +140,7 @@ def test_one_key_has_so_many_requests_in_flight_and_others_go_on() -> None:
             held = [
                 asyncio.create_task(live.http.post("/v1/completions", json=stalled, headers=BEARER)) for _ in range(2)
             ]
-            async with asyncio.timeout(5):
-                while len(live.engine.running) < 2:
-                    await asyncio.sleep(0.01)
+            await until(lambda: len(live.engine.running) == 2)
             refused = await live.http.post("/v1/completions", json={"prompt": [5]}, headers=BEARER)
             assert is_error(refused, 429, "rate_limit_exceeded")
             assert "2 requests in flight" in refused.text

@@ -1,6 +1,7 @@
 """Requests over the socket: each ends exactly once, whatever happens to it or to the engine."""
 
 import asyncio
+import tempfile
 from array import array
 
 import pytest
@@ -9,7 +10,8 @@ from leanserve.contracts.errors import EngineError, OverloadedError
 from leanserve.contracts.messages import TokenOutput
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.engine_client import EngineClient, token_bytes
-from server.front_end import connected, run
+from server.echo_engine import engine_info
+from server.front_end import connected, run, until
 
 ENDLESS = SamplingParams(max_tokens=1_000_000)
 
@@ -21,9 +23,7 @@ async def outputs_of(client: EngineClient, prompt: list[int], max_tokens: int) -
 def test_tokens_come_in_order_and_end_once() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            info = await client.engine.wait_ready()
-            assert (client.engine.state, info) == ("ready", engine.info)
+            assert (client.engine.state, client.engine.info) == ("ready", engine.info)
             outputs = await outputs_of(client, [5, 6, 11], 7)
             assert [t for output in outputs for t in output.token_ids] == [5, 6, 11, 5, 6, 11, 5]
             assert [output.finish_reason for output in outputs] == [None] * 6 + ["length"]
@@ -38,8 +38,6 @@ def test_tokens_come_in_order_and_end_once() -> None:
 def test_leaving_early_aborts_exactly_once() -> None:
     async def scenario() -> None:
         async with connected(step_s=0.002) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             outputs = client.generate([5], ENDLESS, request_id="left")
             async for output in outputs:
                 assert output.token_ids == [5]
@@ -48,9 +46,10 @@ def test_leaving_early_aborts_exactly_once() -> None:
             await outputs.aclose()  # type: ignore[attr-defined]
             await outputs.aclose()  # type: ignore[attr-defined]
             task = asyncio.create_task(outputs_of(client, [engine.stall_token], 5))
-            await asyncio.sleep(0.05)
+            await until(lambda: len(engine.submits) == 2)
             task.cancel()
-            await asyncio.sleep(0.05)
+            await until(lambda: not engine.running)
+            await asyncio.sleep(0.05)  # for an abort too many
             assert sorted(engine.aborts.values()) == [1, 1]
             assert engine.aborts["left"] == 1
             assert (client.live_requests, engine.running) == (0, {})
@@ -61,11 +60,9 @@ def test_leaving_early_aborts_exactly_once() -> None:
 def test_a_request_that_ended_is_not_aborted() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("r", token_bytes([5]), SamplingParams(max_tokens=1))
-            await asyncio.sleep(0.1)  # the end has come, and nobody has read it
+            await until(lambda: not client.live_requests)  # the end has come, and nobody has read it
             stream.abort()
             await asyncio.sleep(0.05)
             assert stream.finished
@@ -77,8 +74,6 @@ def test_a_request_that_ended_is_not_aborted() -> None:
 def test_several_requests_share_a_stream() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("a", token_bytes([5]), SamplingParams(max_tokens=3))
             stream.submit("b", token_bytes([6]), SamplingParams(max_tokens=5))
@@ -91,7 +86,7 @@ def test_several_requests_share_a_stream() -> None:
                 if got["c"] == 4:
                     stream.abort("c")
             assert (got["a"], got["b"]) == (3, 5)
-            await asyncio.sleep(0.05)
+            await until(lambda: engine.aborts)
             assert engine.aborts == {"c": 1}
 
     run(scenario())
@@ -100,8 +95,6 @@ def test_several_requests_share_a_stream() -> None:
 def test_silence_is_told_apart_from_an_end() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("r", token_bytes([engine.stall_token]), ENDLESS)
             assert await stream.next(0.02) is None
@@ -114,11 +107,11 @@ def test_silence_is_told_apart_from_an_end() -> None:
 
 def test_before_it_is_ready_and_after_it_failed() -> None:
     async def scenario() -> None:
-        async with connected() as (client, engine):
+        async with connected(ready=False) as (client, engine):
             with pytest.raises(OverloadedError, match="loading"):
                 await outputs_of(client, [5], 1)
             await engine.load()
-            await asyncio.sleep(0.05)
+            await until(lambda: client.engine.loading is not None)
             with pytest.raises(OverloadedError, match="weights, 1 of 2"):
                 await outputs_of(client, [5], 1)
             waiting = asyncio.create_task(client.engine.wait_ready())
@@ -132,11 +125,24 @@ def test_before_it_is_ready_and_after_it_failed() -> None:
     run(scenario())
 
 
+def test_a_request_that_comes_when_the_engine_has_just_gone_may_come_again() -> None:
+    async def scenario() -> None:
+        with tempfile.TemporaryDirectory(prefix="ls-") as directory:
+            client = EngineClient(f"ipc://{directory}/engine")
+            client.start()
+            client.engine.attach()
+            client.engine.note_ready(engine_info())
+            with pytest.raises(OverloadedError, match="not connected"):
+                await outputs_of(client, [5], 1)
+            assert client.live_requests == 0
+            await client.close()
+
+    run(scenario())
+
+
 def test_a_failing_engine_ends_each_request_once() -> None:
     async def scenario() -> None:
-        async with connected(fail_after_steps=3, step_s=0.01) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
+        async with connected(fail_after_steps=3, step_s=0.01) as (client, _):
             ended: list[str] = []
 
             async def consume(name: str) -> None:
@@ -160,10 +166,8 @@ def test_an_engine_that_vanishes_is_noticed_and_another_takes_over() -> None:
         from server.echo_engine import EchoEngine
 
         async with connected(step_s=0.005) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             request = asyncio.create_task(outputs_of(client, [5], 1_000_000))
-            await asyncio.sleep(0.05)
+            await until(lambda: engine.submits)
             await engine.close()
             with pytest.raises(EngineError, match="connection closed"):
                 await request
@@ -172,9 +176,7 @@ def test_an_engine_that_vanishes_is_noticed_and_another_takes_over() -> None:
             try:
                 await another.load()
                 await another.ready()
-                async with asyncio.timeout(5):
-                    while client.engine.state != "ready":
-                        await asyncio.sleep(0.01)
+                await until(lambda: client.engine.state == "ready")
                 await client.engine.wait_ready()
                 assert len(await outputs_of(client, [5, 6], 4)) == 4
             finally:
@@ -186,8 +188,6 @@ def test_an_engine_that_vanishes_is_noticed_and_another_takes_over() -> None:
 def test_an_error_of_one_request_leaves_the_others() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             bad = asyncio.create_task(outputs_of(client, [engine.error_token], 9))
             good = asyncio.create_task(outputs_of(client, [5], 9))
             with pytest.raises(EngineError, match="odd case"):
@@ -201,13 +201,9 @@ def test_an_error_of_one_request_leaves_the_others() -> None:
 def test_a_slow_reader_is_bounded() -> None:
     async def scenario() -> None:
         async with connected(max_queued_tokens=50) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             stream = client.open_stream()
             stream.submit("slow", token_bytes([5]), ENDLESS)
-            async with asyncio.timeout(5):
-                while not engine.aborts:
-                    await asyncio.sleep(0.01)
+            await until(lambda: engine.aborts)
             with pytest.raises(OverloadedError, match="at most 50"):  # unread tokens are dropped
                 await stream.next()
             assert stream.finished
@@ -219,21 +215,15 @@ def test_a_slow_reader_is_bounded() -> None:
 def test_a_message_that_cannot_be_read_is_a_failure_and_not_a_hang() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             await engine.send_raw(b"\xc1nonsense")
-            async with asyncio.timeout(5):
-                while client.engine.state != "failed":
-                    await asyncio.sleep(0.01)
+            await until(lambda: client.engine.state == "failed")
 
     run(scenario())
 
 
 def test_what_another_engine_would_need_is_kept() -> None:
     async def scenario() -> None:
-        async with connected(step_s=0.005) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
+        async with connected(step_s=0.005) as (client, _):
             stream = client.open_stream()
             stream.submit("r", token_bytes([5, 6]), ENDLESS)
             received = [token for _ in range(5) if (output := await stream.next()) for token in output.token_ids]
@@ -249,11 +239,8 @@ def test_what_another_engine_would_need_is_kept() -> None:
 def test_shutdown_reaches_the_engine_even_when_the_client_closes_at_once() -> None:
     async def scenario() -> None:
         async with connected() as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             client.shut_down_engine()
             await client.close()
-            await asyncio.sleep(0.1)
-            assert engine.shutdowns == 1
+            await until(lambda: engine.shutdowns == 1)
 
     run(scenario())

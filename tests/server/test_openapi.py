@@ -51,14 +51,7 @@ def test_no_server_error_and_no_undocumented_status() -> None:
         for result in schema.get_all_operations():
             operation: Any = result.ok()
 
-            @settings(
-                max_examples=15,
-                deadline=None,
-                phases=[Phase.generate],
-                suppress_health_check=list(HealthCheck),
-                derandomize=True,
-                database=None,
-            )
+            @settings(max_examples=15, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy())
             def attack(case: Any) -> None:
                 response = case.call(timeout=20)

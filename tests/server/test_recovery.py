@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from array import array
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from leanserve.contracts.errors import EngineError, OverloadedError
-from leanserve.contracts.messages import EngineFailed, Logprobs, Pulse, TokenOutput, TokenOutputs
+from leanserve.contracts.messages import EngineFailed, Hello, Logprobs, Pulse, TokenOutput, TokenOutputs
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.server.current_engine import CurrentEngine
 from leanserve.server.engine_client import EngineClient, Recovery, token_bytes
 from leanserve.server.live_requests import LiveRequest, LiveRequests
 from leanserve.server.output_stream import OutputStream
@@ -18,7 +20,7 @@ from leanserve.server.rank_health import RankHealth
 from leanserve.server.restart_budget import WINDOW_S, RestartBudget
 from leanserve.server.statistics import RequestTimes
 from server.echo_engine import EchoEngine
-from server.front_end import connected, live_server, parse_events, run
+from server.front_end import connected, live_server, parse_events, run, until
 
 RECOVERS: dict[str, Any] = {"recovery": Recovery(max_restarts=10)}
 
@@ -42,17 +44,9 @@ async def next_engine(client: EngineClient, **options: Any) -> AsyncIterator[Ech
         await engine.close()
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 def test_requests_go_on_at_the_next_engine_with_nothing_lost_or_repeated() -> None:
     async def scenario() -> None:
-        async with connected(step_s=0.003, client_options=RECOVERS) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
+        async with connected(pause_at_tokens=10, client_options=RECOVERS) as (client, engine):
             prompts = [[5, 6, 11], [8, 4], [10, 3, 3, 5, 6]]
             requests = [asyncio.create_task(tokens_of(client, prompt, max_tokens=60)) for prompt in prompts]
             await until(lambda: all(len(live.output_token_ids) > 5 for live in client.live) and len(client.live) == 3)
@@ -73,8 +67,6 @@ def test_requests_go_on_at_the_next_engine_with_nothing_lost_or_repeated() -> No
 def test_the_seed_is_drawn_once() -> None:
     async def scenario() -> None:
         async with connected(client_options=RECOVERS) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             stream = client.open_stream()
             for name, sampling in (
                 ("drawn", SamplingParams()),
@@ -99,8 +91,6 @@ def test_the_seed_is_drawn_once() -> None:
 def test_a_request_that_kills_two_engines_is_not_given_to_a_third() -> None:
     async def scenario() -> None:
         async with connected(step_s=0.003, client_options=RECOVERS) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             others = [asyncio.create_task(tokens_of(client, [5, 6] * n, max_tokens=200)) for n in (1, 2, 9)]
             await until(lambda: len(client.live) == 3)
             deadly = asyncio.create_task(tokens_of(client, [engine.deadly_token] * 6, max_tokens=5))
@@ -122,8 +112,6 @@ def test_without_resume_requests_end_and_the_next_engine_serves_new_ones() -> No
     async def scenario() -> None:
         options = {"recovery": Recovery(max_restarts=2, resume=False)}
         async with connected(step_s=0.003, client_options=options) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             request = asyncio.create_task(tokens_of(client, [5], max_tokens=1000))
             await until(lambda: len(engine.submits) == 1)
             await engine.close()
@@ -138,8 +126,6 @@ def test_without_resume_requests_end_and_the_next_engine_serves_new_ones() -> No
 def test_too_many_failures_are_final_and_the_last_word_says_so() -> None:
     async def scenario() -> None:
         async with connected(step_s=0.003, client_options={"recovery": Recovery(max_restarts=1)}) as (client, engine):
-            await engine.ready()
-            await client.engine.wait_ready()
             request = asyncio.create_task(tokens_of(client, [5], max_tokens=10_000))
             await until(lambda: client.live_requests == 1)
             await engine.fail("it fell over")
@@ -158,7 +144,7 @@ def test_too_many_failures_are_final_and_the_last_word_says_so() -> None:
 
 def test_an_error_that_would_come_again_is_final_at_once() -> None:
     async def scenario() -> None:
-        async with connected(client_options=RECOVERS) as (client, engine):
+        async with connected(client_options=RECOVERS, ready=False) as (client, engine):
             await engine.load()
             await until(lambda: client.engine.loading is not None)
             client.on_engine(EngineFailed("no such checkpoint", is_final=True))
@@ -171,19 +157,27 @@ def test_an_error_that_would_come_again_is_final_at_once() -> None:
 def test_a_stream_lives_through_a_restart_with_keep_alives_and_others_are_told_to_wait() -> None:
     async def scenario() -> None:
         settings = {"keep_alive_s": 0.02}
-        async with live_server(None, step_s=0.003, settings=settings, client_options=RECOVERS) as live:
+        async with live_server(None, pause_at_tokens=10, settings=settings, client_options=RECOVERS) as live:
             body = {"prompt": [5, 6, 11], "max_tokens": 50, "return_token_ids": True, "stream": True}
-            stream = asyncio.create_task(live.complete(**body))
+            text = ""
+
+            async def read() -> None:
+                nonlocal text
+                async with live.http.stream("POST", "/v1/completions", json=body) as response:
+                    async for part in response.aiter_text():
+                        text += part
+
+            stream = asyncio.create_task(read())
             await until(lambda: any(len(request.output_token_ids) > 5 for request in live.client.live))
             await live.engine.close()
             await until(lambda: live.client.engine.state == "restarting")
             refused = await live.complete(prompt=[5], max_tokens=1)
             assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
             assert (await live.http.get("/ready")).status_code == 503
-            await asyncio.sleep(0.1)
+            told = text.count(": keep-alive")
+            await until(lambda: text.count(": keep-alive") >= told + 2)
             async with next_engine(live.client):
-                text = (await stream).text
-                assert text.count(": keep-alive") >= 2
+                await stream
                 chunks = parse_events(text)
                 assert [t for c in chunks for t in c["choices"][0]["token_ids"]] == ([5, 6, 11] * 50)[:50]
                 assert chunks[-1]["choices"][0]["finish_reason"] == "length"
@@ -226,6 +220,46 @@ def test_a_new_engine_waits_longer_each_time_it_does_not_get_to_serve() -> None:
     assert budget.spend(WINDOW_S + 1.5) == 4.0, "the first two are forgiven"
 
 
+def test_the_last_words_of_an_engine_are_no_other_ones() -> None:
+    engine = CurrentEngine(max_restarts=5)
+    engine.attach()
+    engine.note_last_words("out of memory")
+    engine.lose("its connection closed", [])
+    assert engine.failure == "out of memory"
+    engine.note_last_words("said after the end")
+    engine.attach()
+    engine.lose("its connection closed", [])
+    assert engine.failure == "its connection closed"
+
+
+def test_a_lost_engine_holds_no_pages_and_runs_nothing() -> None:
+    async def scenario() -> None:
+        async with live_server(None, pause_at_tokens=3, client_options=RECOVERS) as live:
+            request = asyncio.create_task(live.complete(prompt=[5], max_tokens=9))
+            await until(lambda: live.client.engine.load.running == 1)
+            await live.engine.close()
+            await until(lambda: live.client.engine.state == "restarting")
+            request.cancel()
+            health = (await live.http.get("/health")).json()
+            assert (health["running"], health["pages_used_per_rank"]) == (0, [])
+            metrics = (await live.http.get("/metrics")).text
+            assert re.search(r"^leanserve:kv_cache_pages_used\{.*\} 0.0$", metrics, re.MULTILINE)
+
+    run(scenario())
+
+
+def test_a_new_engine_is_not_judged_by_what_ranks_of_the_one_before_say_late() -> None:
+    async def scenario() -> None:
+        options = {"recovery": Recovery(max_restarts=5), "step_timeout_s": 5.0}
+        async with connected(client_options=options) as (client, _):
+            client.lose("it was killed")
+            client.on_rank(Pulse(1, 1, "here", 7, 9.0))
+            client.on_engine(Hello(2))
+            assert client.trouble() is None
+
+    run(scenario())
+
+
 def test_a_rank_that_is_silent_or_stuck_is_named() -> None:
     health = RankHealth(5.0)
     health.hear(Pulse(0, 100, "here", 7, 0.0), 10.0)
@@ -239,11 +273,11 @@ def test_a_rank_that_is_silent_or_stuck_is_named() -> None:
 
 def test_health_tells_of_trouble() -> None:
     async def scenario() -> None:
-        async with live_server(client_options={"step_timeout_s": 1.0}) as live:
+        async with live_server(client_options={"step_timeout_s": 1000.0}) as live:
             live.client.on_rank(Pulse(0, 1, "here", 3, 0.5))
             good = await live.http.get("/health")
             assert (good.status_code, good.json()["ranks"][0]["step"]) == (200, 3)
-            live.client.on_rank(Pulse(1, 1, "here", 2, 9.0))
+            live.client.on_rank(Pulse(1, 1, "here", 2, 9000.0))
             bad = await live.http.get("/health")
             assert bad.status_code == 503
             assert "rank 1" in bad.json()["error"]["message"]

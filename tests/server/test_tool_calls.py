@@ -94,7 +94,7 @@ def parsed(options: dict[str, Any], pieces: list[str]) -> tuple[str, list[tuple[
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_cut_of_the_text_gives_the_same_calls(case: str, data: st.DataObject) -> None:
     options, text, content, calls = CASES[case]

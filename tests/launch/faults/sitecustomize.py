@@ -4,6 +4,7 @@ switch for this.
 FAULT_DEADLY_TOKEN: computing a prompt that begins with it ends the process, as a bug in a kernel would.
 FAULT_OTHER_VERSION: a rank that says it runs another LeanServe.
 FAULT_GROUP_TIMEOUT: seconds after which a collective that waits is given up; half an hour otherwise.
+FAULT_HELD: a file; while it is there, no step is computed.
 FAULT_DIVERGE: a file; the rank named in it (once, then the file is removed) remembers a wrong checksum.
 """
 
@@ -11,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,11 @@ def spoil(module: Any) -> None:
     execute = module.Runner.execute
     deadly = int(os.environ.get("FAULT_DEADLY_TOKEN", "-1"))
     diverge = Path(os.environ.get("FAULT_DIVERGE", "/nowhere"))
+    held = Path(os.environ.get("FAULT_HELD", "/nowhere"))
 
     def faulty(self: Any, batch: Any) -> Any:
+        while held.exists():
+            time.sleep(0.01)
         result = execute(self, batch)
         for new in batch.started:
             if int.from_bytes(new.token_ids[:4], sys.byteorder) == deadly:
