@@ -39,7 +39,7 @@ class CacheOptions:
 
 
 GPU_BATCH_TOKENS = 2048
-CPU_BATCH_TOKENS = 256
+CPU_BATCH_TOKENS = 512
 """What a step holds where nobody said: running streams wait for each step of somebody's long prompt, and a few hundred
 tokens keep a CPU as busy as thousands do."""
 
