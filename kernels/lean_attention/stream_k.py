@@ -40,8 +40,8 @@ from lean_attention.tuning import (
 __all__ = ["StreamKPlan", "decode", "decode_constants", "plan_stream_k"]
 
 MERGE_ELEMENTS = 4096
-"""Partial sums that a merging CTA loads at once: 32 registers of each of 128 threads. Twice as many spill in Triton 3.6,
-from groups of 16 at head dim 128 on."""
+"""Partial sums that a merging CTA loads at once: 32 registers of each of 128 threads. Twice as many spill in Triton
+3.6, from groups of 16 at head dim 128 on."""
 
 
 @triton.jit

@@ -120,9 +120,9 @@ def walk(
                 seen = seen & (position[None, :] <= newest)
             if WINDOWED:
                 seen = seen & (position[None, :] >= oldest)
-                # What lies before the horizon may be NaN by now, and 0 * NaN is NaN. Its bits are cleared with an integer
-                # of them: tl.where with a [N, D] mask of single bits fails to compile in some layouts (Triton 3.9), and
-                # a clamp by tl.minimum makes float32 of bfloat16, which then misses the tensor cores (Triton 3.6).
+                # What lies before the horizon may be NaN by now, and 0 * NaN is NaN. An integer clears its bits:
+                # tl.where with a [N, D] mask of single bits fails to compile in some layouts (Triton 3.9), and a clamp
+                # by tl.minimum makes float32 of bfloat16, which then misses the tensor cores (Triton 3.6).
                 BITS: tl.constexpr = tl.int16 if v.dtype.primitive_bitwidth == 16 else tl.int32
                 kept = tl.where(position >= horizon, -1, 0).to(BITS)  # [N]
                 v = (v.to(BITS, bitcast=True) & kept[:, None]).to(v.dtype, bitcast=True)

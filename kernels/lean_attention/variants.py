@@ -188,7 +188,9 @@ def _plans() -> Iterator[Variant]:
     unused = {"q_positions_ptr": None, "visible_ptr": None}
     yield Variant("plan", deal_kernel, types, deal | unused | {"window": None}, _launch())
     yield Variant("plan-window", deal_kernel, types, deal | unused, _launch())
-    yield Variant("plan-window-sharded", deal_kernel, types, deal | {"q_positions_ptr": None, "window": None}, _launch())
+    yield Variant(
+        "plan-window-sharded", deal_kernel, types, deal | {"q_positions_ptr": None, "window": None}, _launch()
+    )
     yield Variant("visible-window-sharded", visible_kernel, types, {"BLOCK": PAGES_AT_ONCE}, _launch())
 
 

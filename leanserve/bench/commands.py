@@ -132,6 +132,9 @@ def gpu(
     ranks: Annotated[
         str, typer.Option(metavar="N,...", help="Rank counts that must give the same tokens, all on one GPU.")
     ] = "1,2,3",
+    budget_s: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Begin nothing after this time. Default: no end.")
+    ] = None,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="A tiny model, on the CPU too, to try the command; its figures say nothing.")
     ] = False,
@@ -151,7 +154,7 @@ def gpu(
     counts = _numbers(ranks, "--ranks")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    report = run_gpu_bench(counts, Console(stderr=True), tiny=tiny)
+    report = run_gpu_bench(counts, Console(stderr=True), tiny=tiny, budget_s=budget_s)
     if out is not None:
         write_gpu_report(report, out)
     print_gpu_report(report, Console())

@@ -30,10 +30,22 @@ def test_it_measures_what_it_says_and_writes_what_it_prints(tmp_path, monkeypatc
     # KV of 64 tokens (2 layers, K and V, 2 heads of 16, float32) and a row of the embedding for each of two more.
     assert three["read_bytes"] - one["read_bytes"] == 2 * (64 * 2 * 2 * 2 * 16 + 64) * 4
     assert written["checks"] == []
+    assert written["left_out"] == []
     printed = io.StringIO()
     print_gpu_report(report, Console(file=printed, width=80))
     for cell in report.cells:
         assert f"{cell.figures['eager'].step_ms:.2f}" in printed.getvalue()
+
+
+def test_what_has_no_time_is_named_and_left_out(monkeypatch):
+    monkeypatch.setattr("leanserve.bench.gpu.usable_gpus", lambda: Gpus(0, "none for this test"))
+    report = run_gpu_bench((1, 2), Console(file=io.StringIO()), tiny=True, budget_s=0)
+    assert report.left_out == ["decode, eager", "tokens on 1 rank eager", "tokens on 2 ranks eager"]
+    assert [cell.figures for cell in report.cells] == [{}, {}]
+    assert report.checks == []
+    printed = io.StringIO()
+    print_gpu_report(report, Console(file=printed, width=200))
+    assert "No time was left for: decode, eager; tokens on 1 rank eager" in printed.getvalue()
 
 
 def test_without_a_gpu_only_the_tiny_model_is_served(monkeypatch):
