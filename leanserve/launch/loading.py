@@ -49,7 +49,8 @@ class LoadedRank:
 
         Its graphs go first. NCCL does not end a communicator as long as a graph holds one of its kernels, but waits.
         """
-        self.runner.graphs = None
+        if self.runner.graphs is not None:
+            self.runner.graphs.release()
         self.ranks.leave()
 
 
