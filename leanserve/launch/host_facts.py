@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ class HostFacts:
     processes: int | None
     locked_memory: int | None
     temporary_dir: Path
+    c_compiler: str | None
+    """What Triton builds its launchers with, when a kernel is first launched."""
+    python_header: Path | None
+    """The Python.h that they need."""
 
 
 def host_facts() -> HostFacts:
@@ -48,6 +53,8 @@ def host_facts() -> HostFacts:
         processes=_limit(resource.RLIMIT_NPROC),
         locked_memory=_limit(resource.RLIMIT_MEMLOCK),
         temporary_dir=Path(tempfile.gettempdir()),
+        c_compiler=os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
+        python_header=header if (header := Path(sysconfig.get_path("include"), "Python.h")).exists() else None,
     )
 
 
@@ -59,6 +66,12 @@ def judge_host(facts: HostFacts, *, gpus: int) -> tuple[list[str], list[str]]:
         errors.append(
             f"/dev/shm has {gib(facts.shm_free)} free, and NCCL needs it between GPUs; start the container with "
             "--shm-size=1g or --ipc=host, or empty it"
+        )
+    if facts.c_compiler is None and gpus > 0:
+        errors.append("there is no C compiler, and Triton builds its launchers with one; install gcc, or set CC")
+    if facts.python_header is None and gpus > 0:
+        errors.append(
+            "Python.h is not there, and Triton builds its launchers with it; install Python's headers (python3-dev)"
         )
     if len(str(facts.temporary_dir)) + _RUN_DIR_CHARS > _SOCKET_NAME_CHARS:
         errors.append(f"the path {facts.temporary_dir} is too long for sockets; set TMPDIR to a shorter one")
