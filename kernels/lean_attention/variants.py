@@ -71,6 +71,7 @@ class Variant:
     constants: dict[str, Any]
     """Constexpr arguments, and optional ones that are None."""
     launch: dict[str, int | bool]
+    """The options of a launch: warps, stages, and registers where they are limited."""
 
     def compile(self, architecture: str) -> Any:
         """Triton's CompiledKernel for one of `ARCHITECTURES`. Specialised as a launch on aligned tensors is."""
