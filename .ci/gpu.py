@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_TESTS = ("tests/kernels/test_races.py", "tests/worker/test_graphs.py", "tests/worker/test_step_times.py")
-GRACE_S = 20.0
+GRACE_S = 45.0
 """From the end of a benchmark's own budget, after which it begins nothing new, until it is killed."""
 
 

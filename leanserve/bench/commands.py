@@ -149,14 +149,17 @@ def gpu(
     with 1 if a check fails.
     """
     from leanserve.bench.gpu import run_gpu_bench
-    from leanserve.bench.gpu_report import print_gpu_report, write_gpu_report
+    from leanserve.bench.gpu_report import GpuReport, print_gpu_report, write_gpu_report
 
     counts = _numbers(ranks, "--ranks")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    report = run_gpu_bench(counts, Console(stderr=True), tiny=tiny, budget_s=budget_s)
-    if out is not None:
-        write_gpu_report(report, out)
+
+    def save(report: GpuReport) -> None:
+        if out is not None:
+            write_gpu_report(report, out)
+
+    report = run_gpu_bench(counts, Console(stderr=True), tiny=tiny, budget_s=budget_s, save=save)
     print_gpu_report(report, Console())
     if not all(check.passed for check in report.checks):
         raise typer.Exit(1)

@@ -5,6 +5,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -98,13 +99,19 @@ class _Budget:
 
 
 def run_gpu_bench(
-    rank_counts: tuple[int, ...], console: Console, *, tiny: bool, budget_s: float | None = None
+    rank_counts: tuple[int, ...],
+    console: Console,
+    *,
+    tiny: bool,
+    budget_s: float | None = None,
+    save: Callable[[GpuReport], None] = lambda report: None,
 ) -> GpuReport:
     """Measure every cell and do every check, saying on `console` what comes next.
 
     Args:
         rank_counts: that must give the same tokens; none leaves this check out.
         budget_s: what would begin later is left out; None: nothing is.
+        save: gets what was found so far, again and again.
 
     Raises:
         ConfigError: there is no usable GPU, and the model is not the tiny one.
@@ -117,15 +124,41 @@ def run_gpu_bench(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape, cells = (TINY, TINY_CELLS) if tiny else (ONE_BILLION, CELLS)
     read_bytes_per_s = gpu_read_bandwidth(device) if device.type == "cuda" else read_bandwidth()
+    checks: list[Check] = []
+    figures: dict[str, list[StepFigures]] = {}
+    capture_s = None
+    machine = describe_machine()
     with tempfile.TemporaryDirectory(prefix="leanserve-bench-") as folder:
         model_dir = Path(folder) / "model"
         model_dir.mkdir()
         console.print("writing a random model")
         architecture = make_checkpoint(shape, model_dir, dtype=dtype, device=device)
         bench = _Bench(device, dtype, cells, model_dir, architecture, Path(folder))
-        checks: list[Check] = []
-        figures: dict[str, list[StepFigures]] = {}
-        capture_s = None
+
+        def so_far() -> GpuReport:
+            return GpuReport(
+                benchmark="gpu",
+                machine=msgspec.structs.replace(machine, versions=machine.versions | _gpu_versions()),
+                device=describe(device),
+                model=shape,
+                dtype=str(dtype).removeprefix("torch."),
+                read_bytes_per_s=round(read_bytes_per_s),
+                capture_s=capture_s,
+                checks=checks,
+                cells=[
+                    GpuCell(
+                        context_tokens=context,
+                        batch=batch,
+                        read_bytes=(read_bytes := decode_read_bytes(architecture, dtype.itemsize, context, batch)),
+                        read_ms=round(read_bytes / read_bytes_per_s * 1e3, 4),
+                        figures={mode: found[index] for mode, found in figures.items() if index < len(found)},
+                    )
+                    for index, (context, batch) in enumerate(cells)
+                ],
+                left_out=budget.left_out,
+                seconds=round(budget.spent_s, 1),
+            )
+
         for mode in ("graphs", "eager"):
             if (mode == "eager" or device.type == "cuda") and budget.allows(f"decode, {mode}"):
                 console.print(f"decode, {mode}")
@@ -133,30 +166,11 @@ def run_gpu_bench(
                 capture_s = captured or capture_s
                 gc.collect()  # graphs and runner hold on to each other, and to the pool
                 torch.cuda.empty_cache()
+                save(so_far())
     if rank_counts:
         checks += _same_tokens(rank_counts, device, console, budget)
-    return GpuReport(
-        benchmark="gpu",
-        machine=msgspec.structs.replace(describe_machine(), versions=describe_machine().versions | _gpu_versions()),
-        device=describe(device),
-        model=shape,
-        dtype=str(dtype).removeprefix("torch."),
-        read_bytes_per_s=round(read_bytes_per_s),
-        capture_s=capture_s,
-        checks=checks,
-        cells=[
-            GpuCell(
-                context_tokens=context,
-                batch=batch,
-                read_bytes=(read_bytes := decode_read_bytes(architecture, dtype.itemsize, context, batch)),
-                read_ms=round(read_bytes / read_bytes_per_s * 1e3, 4),
-                figures={mode: found[index] for mode, found in figures.items() if index < len(found)},
-            )
-            for index, (context, batch) in enumerate(cells)
-        ],
-        left_out=budget.left_out,
-        seconds=round(budget.spent_s, 1),
-    )
+    save(so_far())
+    return so_far()
 
 
 def _decode(

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from leanserve.bench.gpu import TINY_CELLS, run_gpu_bench
-from leanserve.bench.gpu_report import print_gpu_report, write_gpu_report
+from leanserve.bench.gpu_report import GpuReport, print_gpu_report, write_gpu_report
 from leanserve.bench.task import MIN_STEPS
 from leanserve.contracts.errors import ConfigError
 from leanserve.worker.device import Gpus
@@ -15,7 +15,9 @@ from leanserve.worker.device import Gpus
 
 def test_it_measures_what_it_says_and_writes_what_it_prints(tmp_path, monkeypatch):
     monkeypatch.setattr("leanserve.bench.gpu.usable_gpus", lambda: Gpus(0, "none for this test"))
-    report = run_gpu_bench((), Console(file=io.StringIO()), tiny=True)
+    saved: list[GpuReport] = []
+    report = run_gpu_bench((), Console(file=io.StringIO()), tiny=True, save=saved.append)
+    assert [[set(cell.figures) for cell in each.cells] for each in saved] == [[{"eager"}] * len(TINY_CELLS)] * 2
     write_gpu_report(report, tmp_path)
     written = json.loads((tmp_path / "gpu.json").read_bytes())
     assert [(cell["context_tokens"], cell["batch"]) for cell in written["cells"]] == list(TINY_CELLS)

@@ -50,7 +50,7 @@ def test_a_part_that_fails_fails_the_command(session, tmp_path, monkeypatch, cap
     printed = capsys.readouterr().out
     assert "good" in printed
     assert "FAILED, exit code 1" in printed
-    assert float(said.read_text()) == 100, "half of the time, less what a benchmark gets to end by itself"
+    assert float(said.read_text()) == 75, "half of the time, less what a benchmark gets to end by itself"
 
 
 def test_the_summary_holds_what_was_measured(session, tmp_path):
