@@ -6,7 +6,7 @@ Shapes: M query rows, N tokens of a tile, D head dim padded to a power of two, T
 """
 
 # Triton's kernel language is not Python's to a type checker.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
