@@ -157,11 +157,11 @@ def _serve_cases(rank: int, size: int, cases: Sequence[Case], folder: Path) -> l
                 sender = StepSender(context, run_dir, size)
                 answers.append(_answer(loaded, case, config, sender))
                 sender.send(Stop())
-                loaded.ranks.leave()
+                loaded.leave()
                 sender.close()
             else:
                 follow(loaded, StepReceiver(context, run_dir, rank))
-                loaded.ranks.leave()
+                loaded.leave()
     return answers
 
 

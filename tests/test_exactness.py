@@ -11,6 +11,7 @@ from leanserve.contracts.sampling import SamplingParams
 from leanserve.worker.sampler import Draw, sample
 from pairwise import pairwise_cases
 from rank_group import Answer, Case, run_cases
+from triton_interpreter import needs_interpreter
 
 PAGE = 16
 LENGTHS_ALONE = [1, PAGE - 1, PAGE, PAGE + 1, 700]
@@ -384,6 +385,7 @@ def test_seeded_samples_do_not_depend_on_company_or_ranks(model_dirs):
     assert torch.tensor(alone.token_ids).unique().numel() > 5
 
 
+@needs_interpreter
 def test_the_triton_kernels_serve_a_model_in_the_interpreter(tmp_path_factory, monkeypatch):
     """The operators that CUDA uses, end to end on two ranks: prefill, append, decode and merge."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read by the rank processes, which have not imported Triton yet

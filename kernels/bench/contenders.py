@@ -134,6 +134,8 @@ def flex_decoding(caches: Caches) -> Prepared:
         raise Unsupported("needs powers of two for group and head dim")
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Compiled for this shape alone: torch keeps eight at most of one function, and runs it uncompiled from then on.
+    torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     q = caches.q[:, :, None]
     return Prepared([lambda k=k, v=v: compiled(q, k, v, enable_gqa=True)[:, :, 0] for k, v in caches.contiguous()])

@@ -49,6 +49,16 @@ def speedups(rows: list[Row], ours: str, over: str) -> dict[tuple[str, str, int]
     return {key: at[over] / at[ours] for key, at in times.items() if ours in at and over in at}
 
 
+def reasons(rows: list[Row]) -> dict[str, str]:
+    """By contender that was measured on no case at all: why, as it said first."""
+    measured = {row["contender"] for row in rows if row.get("us")}
+    found: dict[str, str] = {}
+    for row in rows:
+        if row["contender"] not in measured and row.get("skipped"):
+            found.setdefault(row["contender"], row["skipped"])
+    return found
+
+
 def format_table(rows: list[Row]) -> str:
     """One line per case: microseconds of every contender; bandwidth of ours and its share of a pure read's."""
     contenders = list(dict.fromkeys(row["contender"] for row in rows))

@@ -28,12 +28,20 @@ from lean_attention.pieces import holder, merge_pieces, store_piece
 from lean_attention.state import AttentionState
 from lean_attention.stream_k_plan import HEADER, StreamKPlan, plan_stream_k
 from lean_attention.tile_walk import LOG2E, finish, walk
-from lean_attention.tuning import arch_family, dot_precision, head_block, interpreting, kernel_page_tokens
+from lean_attention.tuning import (
+    arch_family,
+    decode_launch,
+    dot_precision,
+    head_block,
+    interpreting,
+    kernel_page_tokens,
+)
 
 __all__ = ["StreamKPlan", "decode", "decode_constants", "plan_stream_k"]
 
-MERGE_ELEMENTS = 8192
-"""Partial sums that a merging CTA loads at once: 64 registers of each of 128 threads."""
+MERGE_ELEMENTS = 4096
+"""Partial sums that a merging CTA loads at once: 32 registers of each of 128 threads. Twice as many spill in Triton
+3.6, from groups of 16 at head dim 128 on."""
 
 
 @triton.jit
@@ -257,7 +265,7 @@ def decode(
     lse = torch.empty((B, H), dtype=torch.float32, device=q.device)
     if B == 0:
         return AttentionState(out, lse)
-    table_width = kv.page_table.shape[1]
+    table_width, family = kv.page_table.shape[1], arch_family(q.device)
     decode_kernel[(plan.num_ctas,)](
         q, kv.k, kv.v, kv.page_table, kv.page_positions if window is not None else None, kv.lengths,
         q_positions if window is not None else None, sinks, kv.k_scale, kv.v_scale,
@@ -269,8 +277,8 @@ def decode(
         **decode_constants(
             D, plan.group, tile=plan.tile, page_tokens=kernel_page_tokens(kv), num_stages=plan.num_stages,
             fan_in=plan.fan_in, fixed_split=plan.fixed_split,
-            precision=dot_precision(q.dtype, arch_family(q.device)),
+            precision=dot_precision(q.dtype, family),
         ),
-        num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=True,
+        **decode_launch(plan.num_warps, plan.num_stages, plan.ctas_per_sm, family),
     )  # fmt: skip
     return AttentionState(out, lse)

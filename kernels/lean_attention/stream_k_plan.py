@@ -62,6 +62,7 @@ class StreamKPlan:
     tile: int
     num_warps: int
     num_stages: int
+    ctas_per_sm: int
     min_tiles: int
     fan_in: int
 
@@ -238,7 +239,7 @@ def plan_stream_k(
     scratch = torch.empty(2 * num_ctas * group * (D + 2), dtype=torch.float32, device=kv.device)
     return StreamKPlan(
         work, scratch, B, K, group, D, kv.page_tokens, num_ctas, fixed_split or 0,
-        tuning.tile, tuning.num_warps, tuning.num_stages, tuning.min_tiles, tuning.fan_in,
+        tuning.tile, tuning.num_warps, tuning.num_stages, tuning.ctas_per_sm, tuning.min_tiles, tuning.fan_in,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Shapes: M query rows, N tokens of a tile, D head dim padded to a power of two, T
 """
 
 # Triton's kernel language is not Python's to a type checker.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
@@ -120,10 +120,12 @@ def walk(
                 seen = seen & (position[None, :] <= newest)
             if WINDOWED:
                 seen = seen & (position[None, :] >= oldest)
-                # What lies before the horizon may be NaN by now, and 0 * NaN is NaN. A clamp to 0, where a mask would
-                # do, because a [N, D] mask of single bits fails to compile in some layouts (Triton 3.9).
-                bound = tl.where(position >= horizon, float("inf"), 0.0).to(v.dtype)
-                v = tl.minimum(tl.maximum(v, -bound[:, None]), bound[:, None])
+                # What lies before the horizon may be NaN by now, and 0 * NaN is NaN. An integer clears its bits:
+                # tl.where with a [N, D] mask of single bits fails to compile in some layouts (Triton 3.9), and a clamp
+                # by tl.minimum makes float32 of bfloat16, which then misses the tensor cores (Triton 3.6).
+                BITS: tl.constexpr = tl.int16 if v.dtype.primitive_bitwidth == 16 else tl.int32
+                kept = tl.where(position >= horizon, -1, 0).to(BITS)  # [N]
+                v = (v.to(BITS, bitcast=True) & kept[:, None]).to(v.dtype, bitcast=True)
         acc, m, den = _attend(q, k, v, acc, m, den, seen, scale_log2, softcap, MASKED, PRECISION)
     return acc, m, den
 

@@ -18,6 +18,10 @@ ArchFamily = Literal["ampere", "hopper", "blackwell", "cdna", "interpreter"]
 
 MAX_HEAD_DIM = 256
 
+REGISTERS_PER_SM = 1 << 16
+MAX_REGISTERS = 255
+"""Of one thread. Both of every NVIDIA GPU from compute capability 8.0 on."""
+
 INTERPRETER_CTAS = 7
 """The grid where there are no multiprocessors: odd, so that runs cross rows."""
 
@@ -102,6 +106,20 @@ def dot_precision(q_dtype: torch.dtype, family: ArchFamily) -> str:
     return "tf32x3" if q_dtype == torch.float32 and family in ("ampere", "hopper", "blackwell") else "ieee"
 
 
+def decode_launch(num_warps: int, num_stages: int, ctas_per_sm: int, family: ArchFamily) -> dict[str, int | bool]:
+    """The launch options of the decode kernel.
+
+    The grid counts on `ctas_per_sm` CTAs at once, so no thread may take more registers than they leave it. Left alone,
+    a compiler that sees no reason to save takes more (Triton 3.6, head dim 64: 243 where 168 do without a spill), and
+    every third CTA would wait for another one to end.
+    """
+    options: dict[str, int | bool] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    registers = REGISTERS_PER_SM // (32 * num_warps * ctas_per_sm) // 8 * 8
+    if family in ("ampere", "hopper", "blackwell") and registers < MAX_REGISTERS:
+        options["maxnreg"] = registers
+    return options
+
+
 def device_ctas(device: torch.device, ctas_per_sm: int) -> int:
     """The default grid."""
     if device.type != "cuda":
@@ -112,7 +130,7 @@ def device_ctas(device: torch.device, ctas_per_sm: int) -> int:
 # (head block, bytes of a KV element) -> tuning. A tile of K and V is 2 * tile * head block * bytes, of which a CTA has
 # between num_stages - 2 and num_stages - 1 in flight. Meant: 48 to 96 KB in flight per multiprocessor, and registers
 # for that many CTAs (65,536 / (32 * num_warps * registers)). On sm_90, group 4, the compiler gives:
-#   (64, 2)   tile 64: 160 registers, so 3 CTAs; tile 128 needs 255 and spills with a window
+#   (64, 2)   tile 64: 168 registers, so 3 CTAs; tile 128 needs 255 and spills with a window
 #   (128, 2)  tile 64: 250 registers, 2 CTAs of 70 KB; 289 instructions a tile of 32 KB, a fifth of the time HBM takes
 #   (128, 4)  the products of float32 are three of TF32 (see dot_precision); as "ieee" they spill 296 bytes
 _DECODE: dict[tuple[int, int], DecodeTuning] = {

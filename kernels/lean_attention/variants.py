@@ -36,6 +36,7 @@ from lean_attention.stream_k import decode_constants, decode_kernel
 from lean_attention.stream_k_plan import PAGES_AT_ONCE, SEQUENCES_AT_ONCE, deal_kernel, visible_kernel
 from lean_attention.tuning import (
     ArchFamily,
+    decode_launch,
     decode_tuning,
     dot_precision,
     interpreting,
@@ -69,8 +70,8 @@ class Variant:
     """Types of the pointers and floats; other runtime arguments are i32."""
     constants: dict[str, Any]
     """Constexpr arguments, and optional ones that are None."""
-    num_warps: int
-    num_stages: int
+    launch: dict[str, int | bool]
+    """The options of a launch: warps, stages, and registers where they are limited."""
 
     def compile(self, architecture: str) -> Any:
         """Triton's CompiledKernel for one of `ARCHITECTURES`. Specialised as a launch on aligned tensors is."""
@@ -86,8 +87,7 @@ class Variant:
             if name.endswith("_ptr") or "_stride_" in name:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, self.constants, attributes)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return triton.compile(source, target=target_of(architecture), options=options)
+        return triton.compile(source, target=target_of(architecture), options=self.launch)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def _decode(
     constants |= {name: None for name, on in used.items() if not on}
     options = {"window": window, "sharded": sharded, "softcap": softcap, "sinks": sinks}
     name = _name("decode", head_dim, group, q, kv, page, options)
-    return Variant(name, decode_kernel, _softmax_types(q, kv, out), constants, tuning.num_warps, tuning.num_stages)
+    launch = decode_launch(tuning.num_warps, tuning.num_stages, tuning.ctas_per_sm, family)
+    return Variant(name, decode_kernel, _softmax_types(q, kv, out), constants, launch)
 
 
 def _prefill(
@@ -173,7 +174,12 @@ def _prefill(
     constants |= {name: None for name, on in used.items() if not on}
     options = {"window": window, "sharded": sharded, "softcap": softcap, "sinks": sinks}
     name = _name("prefill", head_dim, group, q, kv, page, options)
-    return Variant(name, prefill_kernel, _softmax_types(q, kv, "fp32"), constants, tuning.num_warps, tuning.num_stages)
+    launch = _launch(tuning.num_warps, tuning.num_stages)
+    return Variant(name, prefill_kernel, _softmax_types(q, kv, "fp32"), constants, launch)
+
+
+def _launch(num_warps: int = 4, num_stages: int = 3) -> dict[str, int | bool]:
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 def _plans() -> Iterator[Variant]:
@@ -181,15 +187,17 @@ def _plans() -> Iterator[Variant]:
     types = {f"{name}_ptr": "*i32" for name in pointers}
     deal = {"BLOCK": SEQUENCES_AT_ONCE}
     unused = {"q_positions_ptr": None, "visible_ptr": None}
-    yield Variant("plan", deal_kernel, types, deal | unused | {"window": None}, 4, 3)
-    yield Variant("plan-window", deal_kernel, types, deal | unused, 4, 3)
-    yield Variant("plan-window-sharded", deal_kernel, types, deal | {"q_positions_ptr": None, "window": None}, 4, 3)
-    yield Variant("visible-window-sharded", visible_kernel, types, {"BLOCK": PAGES_AT_ONCE}, 4, 3)
+    yield Variant("plan", deal_kernel, types, deal | unused | {"window": None}, _launch())
+    yield Variant("plan-window", deal_kernel, types, deal | unused, _launch())
+    yield Variant(
+        "plan-window-sharded", deal_kernel, types, deal | {"q_positions_ptr": None, "window": None}, _launch()
+    )
+    yield Variant("visible-window-sharded", visible_kernel, types, {"BLOCK": PAGES_AT_ONCE}, _launch())
 
 
 def _merge(head_dim: int, dtype: str) -> Variant:
     types = {"out_parts_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "lse_parts_ptr": "*fp32", "lse_ptr": "*fp32"}
-    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, merge_constants(head_dim), 4, 3)
+    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, merge_constants(head_dim), _launch())
 
 
 def _append(kv_heads: int, head_dim: int, new: str, kv: str) -> Variant:
@@ -198,7 +206,7 @@ def _append(kv_heads: int, head_dim: int, new: str, kv: str) -> Variant:
     constants: dict[str, Any] = append_constants(kv_heads, head_dim, DTYPES[kv])
     if kv != "fp8e4nv":
         constants |= {"k_scale_ptr": None, "v_scale_ptr": None}
-    return Variant(f"append-k{kv_heads}-d{head_dim}-{new}x{kv}", append_kernel, types, constants, 4, 3)
+    return Variant(f"append-k{kv_heads}-d{head_dim}-{new}x{kv}", append_kernel, types, constants, _launch())
 
 
 def variants(architecture: str = "sm_90") -> list[Variant]:

@@ -132,6 +132,9 @@ def gpu(
     ranks: Annotated[
         str, typer.Option(metavar="N,...", help="Rank counts that must give the same tokens, all on one GPU.")
     ] = "1,2,3",
+    budget_s: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Begin nothing after this time. Default: no end.")
+    ] = None,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="A tiny model, on the CPU too, to try the command; its figures say nothing.")
     ] = False,
@@ -146,14 +149,17 @@ def gpu(
     with 1 if a check fails.
     """
     from leanserve.bench.gpu import run_gpu_bench
-    from leanserve.bench.gpu_report import print_gpu_report, write_gpu_report
+    from leanserve.bench.gpu_report import GpuReport, print_gpu_report, write_gpu_report
 
     counts = _numbers(ranks, "--ranks")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    report = run_gpu_bench(counts, Console(stderr=True), tiny=tiny)
-    if out is not None:
-        write_gpu_report(report, out)
+
+    def save(report: GpuReport) -> None:
+        if out is not None:
+            write_gpu_report(report, out)
+
+    report = run_gpu_bench(counts, Console(stderr=True), tiny=tiny, budget_s=budget_s, save=save)
     print_gpu_report(report, Console())
     if not all(check.passed for check in report.checks):
         raise typer.Exit(1)

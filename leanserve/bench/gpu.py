@@ -5,6 +5,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -77,16 +78,45 @@ class _Bench:
         )
 
 
-def run_gpu_bench(rank_counts: tuple[int, ...], console: Console, *, tiny: bool) -> GpuReport:
+class _Budget:
+    """What is left out because the time is over."""
+
+    def __init__(self, budget_s: float | None) -> None:
+        self._began = time.perf_counter()
+        self._budget_s = budget_s
+        self.left_out: list[str] = []
+
+    @property
+    def spent_s(self) -> float:
+        return time.perf_counter() - self._began
+
+    def allows(self, what: str) -> bool:
+        """Whether `what` may still begin; if not, that is noted."""
+        if self._budget_s is None or self.spent_s <= self._budget_s:
+            return True
+        self.left_out.append(what)
+        return False
+
+
+def run_gpu_bench(
+    rank_counts: tuple[int, ...],
+    console: Console,
+    *,
+    tiny: bool,
+    budget_s: float | None = None,
+    save: Callable[[GpuReport], None] = lambda report: None,
+) -> GpuReport:
     """Measure every cell and do every check, saying on `console` what comes next.
 
     Args:
         rank_counts: that must give the same tokens; none leaves this check out.
+        budget_s: what would begin later is left out; None: nothing is.
+        save: gets what was found so far, again and again.
 
     Raises:
         ConfigError: there is no usable GPU, and the model is not the tiny one.
     """
-    started = time.perf_counter()
+    budget = _Budget(budget_s)
     gpus = usable_gpus()
     if gpus.count == 0 and not tiny:
         raise ConfigError(f"bench gpu needs a GPU: {gpus.reason}; --tiny tries the command on the CPU")
@@ -94,48 +124,58 @@ def run_gpu_bench(rank_counts: tuple[int, ...], console: Console, *, tiny: bool)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape, cells = (TINY, TINY_CELLS) if tiny else (ONE_BILLION, CELLS)
     read_bytes_per_s = gpu_read_bandwidth(device) if device.type == "cuda" else read_bandwidth()
+    checks: list[Check] = []
+    figures: dict[str, list[StepFigures]] = {}
+    capture_s = None
+    machine = describe_machine()
     with tempfile.TemporaryDirectory(prefix="leanserve-bench-") as folder:
         model_dir = Path(folder) / "model"
         model_dir.mkdir()
         console.print("writing a random model")
         architecture = make_checkpoint(shape, model_dir, dtype=dtype, device=device)
         bench = _Bench(device, dtype, cells, model_dir, architecture, Path(folder))
-        checks: list[Check] = []
-        figures: dict[str, list[StepFigures]] = {}
-        capture_s = None
+
+        def so_far() -> GpuReport:
+            return GpuReport(
+                benchmark="gpu",
+                machine=msgspec.structs.replace(machine, versions=machine.versions | _gpu_versions()),
+                device=describe(device),
+                model=shape,
+                dtype=str(dtype).removeprefix("torch."),
+                read_bytes_per_s=round(read_bytes_per_s),
+                capture_s=capture_s,
+                checks=checks,
+                cells=[
+                    GpuCell(
+                        context_tokens=context,
+                        batch=batch,
+                        read_bytes=(read_bytes := decode_read_bytes(architecture, dtype.itemsize, context, batch)),
+                        read_ms=round(read_bytes / read_bytes_per_s * 1e3, 4),
+                        figures={mode: found[index] for mode, found in figures.items() if index < len(found)},
+                    )
+                    for index, (context, batch) in enumerate(cells)
+                ],
+                left_out=budget.left_out,
+                seconds=round(budget.spent_s, 1),
+            )
+
         for mode in ("graphs", "eager"):
-            if mode == "eager" or device.type == "cuda":
+            if (mode == "eager" or device.type == "cuda") and budget.allows(f"decode, {mode}"):
                 console.print(f"decode, {mode}")
-                figures[mode], captured = _decode(bench, checks, enforce_eager=mode == "eager")
+                figures[mode], captured = _decode(bench, checks, budget, enforce_eager=mode == "eager")
                 capture_s = captured or capture_s
                 gc.collect()  # graphs and runner hold on to each other, and to the pool
                 torch.cuda.empty_cache()
+                save(so_far())
     if rank_counts:
-        checks.append(_same_tokens(rank_counts, device, console))
-    return GpuReport(
-        benchmark="gpu",
-        machine=msgspec.structs.replace(describe_machine(), versions=describe_machine().versions | _gpu_versions()),
-        device=describe(device),
-        model=shape,
-        dtype=str(dtype).removeprefix("torch."),
-        read_bytes_per_s=round(read_bytes_per_s),
-        capture_s=capture_s,
-        checks=checks,
-        cells=[
-            GpuCell(
-                context_tokens=context,
-                batch=batch,
-                read_bytes=(read_bytes := decode_read_bytes(architecture, dtype.itemsize, context, batch)),
-                read_ms=round(read_bytes / read_bytes_per_s * 1e3, 4),
-                figures={mode: found[index] for mode, found in figures.items()},
-            )
-            for index, (context, batch) in enumerate(cells)
-        ],
-        seconds=round(time.perf_counter() - started, 1),
-    )
+        checks += _same_tokens(rank_counts, device, console, budget)
+    save(so_far())
+    return so_far()
 
 
-def _decode(bench: _Bench, checks: list[Check], *, enforce_eager: bool) -> tuple[list[StepFigures], float | None]:
+def _decode(
+    bench: _Bench, checks: list[Check], budget: _Budget, *, enforce_eager: bool
+) -> tuple[list[StepFigures], float | None]:
     """Every cell on one loaded model, and the seconds that capturing took. Where there are graphs, they are checked."""
     config = bench.config(enforce_eager=enforce_eager)
     place = Place(rank=0, size=1, local_rank=0, local_size=1, agent_pid=os.getpid())
@@ -153,6 +193,9 @@ def _decode(bench: _Bench, checks: list[Check], *, enforce_eager: bool) -> tuple
         sender = StepSender(context, bench.folder, num_ranks=1)
         engine = engine_on_filled_cache(loaded, config, sender)
         for number, (context_tokens, batch) in enumerate(bench.cells):
+            # The longest come last: where one has no time, those after it have none either.
+            if not budget.allows(f"{batch} x {context_tokens:,}, {'eager' if enforce_eager else 'graphs'}"):
+                continue
             figures.append(_measure(engine, loaded, context_tokens, batch, seed=number))
             if loaded.runner.graphs is not None:
                 checks.append(_same_bits(loaded.runner, context_tokens, batch))
@@ -212,7 +255,7 @@ def _end_all(engine: Engine, batch: int) -> None:
         engine.step()
 
 
-def _same_tokens(rank_counts: tuple[int, ...], device: torch.device, console: Console) -> Check:
+def _same_tokens(rank_counts: tuple[int, ...], device: torch.device, console: Console, budget: _Budget) -> list[Check]:
     """The bundled model in float32, greedy: on any number of ranks that share the device, eagerly and not."""
     greedy = SamplingParams(temperature=0, max_tokens=24)
     graphs = device.type == "cuda"
@@ -220,19 +263,20 @@ def _same_tokens(rank_counts: tuple[int, ...], device: torch.device, console: Co
     answers: dict[str, list[list[int]]] = {}
     for count, eager in runs:
         name = f"{count} rank{'s' if count > 1 else ''}{' eager' if eager else ''}"
+        if not budget.allows(f"tokens on {name}"):
+            continue
         console.print(f"tokens on {name}")
         with LLM(
             ranks=count, device=device.type, comm="gloo", dtype="float32", enforce_eager=eager, kv_memory="256MiB"
         ) as llm:
             results = llm.generate(list(PROMPTS), greedy, use_tqdm=False)
         answers[name] = [result.outputs[0].token_ids for result in results]
+    if len(answers) < 2:
+        return []  # nothing to compare, for want of time
     first, *others = answers
     different = [name for name in others if answers[name] != answers[first]]
-    return Check(
-        f"the same tokens in float32 on {', '.join(answers)}",
-        passed=not different,
-        seen=f"{', '.join(different)} differ from {first}" if different else "all equal",
-    )
+    seen = f"{', '.join(different)} differ from {first}" if different else "all equal"
+    return [Check(f"the same tokens in float32 on {', '.join(answers)}", passed=not different, seen=seen)]
 
 
 def _gpu_versions() -> dict[str, str]:

@@ -60,6 +60,8 @@ class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     """Capturing all graphs, compiling kernels included; None where there are none."""
     checks: list[Check]
     cells: list[GpuCell]
+    left_out: list[str]
+    """What the time did not allow."""
     seconds: float
     """The whole run."""
 
@@ -94,4 +96,6 @@ def print_gpu_report(report: GpuReport, console: Console) -> None:
                 f"{cell.read_ms:.2f} {cell.read_ms / seen.step_ms:.0%}",
             )
     console.print(table)
+    if report.left_out:
+        console.print(f"No time was left for: {'; '.join(report.left_out)}.", highlight=False)
     console.print("read: the time to read weights and KV once, and how much of the step that is.")

@@ -75,7 +75,7 @@ def run_rank(
                 sender.send(Stop())
                 sender.close()
                 connection.send_bytes(msgspec.json.encode(timing))
-        loaded.ranks.leave()
+        loaded.leave()
         del loaded  # before the next pool is made
 
 

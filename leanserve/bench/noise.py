@@ -10,7 +10,8 @@ NOISE_NUMBERS = 1 << 22
 def fill_with_noise(tensor: torch.Tensor) -> None:
     """Fill a contiguous tensor with standard normal numbers: the same four million over and over."""
     flat = tensor.view(-1)
-    noise = torch.randn(min(NOISE_NUMBERS, flat.numel()), generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
+    noise = torch.randn(min(NOISE_NUMBERS, flat.numel()), generator=torch.Generator().manual_seed(0))
+    noise = noise.to(tensor.device, tensor.dtype)
     for start in range(0, flat.numel(), len(noise)):
         part = flat[start : start + len(noise)]
         part.copy_(noise[: len(part)])

@@ -126,6 +126,7 @@ class Doctor:
             processes=_count(facts.processes),
             locked_memory=gib(facts.locked_memory),
             temporary_files=facts.temporary_dir,
+            C_compiler=facts.c_compiler or "none",
         )
         errors, warnings = judge_host(facts, gpus=gpus)
         self.errors += errors

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ class HostFacts:
     processes: int | None
     locked_memory: int | None
     temporary_dir: Path
+    c_compiler: str | None
+    """What Triton builds its launchers with, when a kernel is first launched."""
+    python_header: Path | None
+    """The Python.h that they need."""
 
 
 def host_facts() -> HostFacts:
@@ -47,6 +52,8 @@ def host_facts() -> HostFacts:
         processes=_limit(resource.RLIMIT_NPROC),
         locked_memory=_limit(resource.RLIMIT_MEMLOCK),
         temporary_dir=Path(tempfile.gettempdir()),
+        c_compiler=os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
+        python_header=header if (header := Path(sysconfig.get_path("include"), "Python.h")).exists() else None,
     )
 
 
@@ -61,6 +68,12 @@ def judge_host(facts: HostFacts, *, gpus: int) -> tuple[list[str], list[str]]:
         )
     if not takes_sockets(facts.temporary_dir):
         warnings.append(f"the path {facts.temporary_dir} is too long for sockets: they go to /tmp")
+    if facts.c_compiler is None and gpus > 0:
+        errors.append("there is no C compiler, and Triton builds its launchers with one; install gcc, or set CC")
+    if facts.python_header is None and gpus > 0:
+        errors.append(
+            "Python.h is not there, and Triton builds its launchers with it; install Python's headers (python3-dev)"
+        )
     if facts.open_files is not None and facts.open_files < _LEAST_FILES:
         warnings.append(
             f"a process may open {facts.open_files} files, and every client takes one; raise it: ulimit -n 65536"

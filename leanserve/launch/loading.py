@@ -43,6 +43,15 @@ class LoadedRank:
     sharding: KvSharding
     info: EngineInfo
 
+    def leave(self) -> None:
+        """Leave the group: the last thing that a rank does.
+
+        Its graphs go first. NCCL does not end a communicator as long as a graph holds one of its kernels, but waits.
+        """
+        if self.runner.graphs is not None:
+            self.runner.graphs.release()
+        self.ranks.leave()
+
 
 def load_rank(
     place: Place,

@@ -90,20 +90,24 @@ def run_rank(attach_front_end: Callable[[dist.Store], Path] | None = None) -> in
     with zmq.Context() as context:
         termination = None if attach_front_end is None else Termination()
         member = _Member(place, host, agent_store, context, termination)
+        failed = True
         try:
             if place.rank == 0:
                 _run_rank_0(member, _run_dir() if attach_front_end is None else attach_front_end(agent_store))
             else:
                 _run_other_rank(member)
+            failed = False
         except LeanServeError as error:
             logger.error("rank %d ends: %s", place.rank, error, extra={"event": "rank_failed"})
-            return 1
         except Exception as error:  # most often a collective that broke: the rank that broke it says more
             stack = "".join(traceback.format_tb(error.__traceback__, limit=-4))
             what = f"{type(error).__name__}: {error}"
             logger.error("rank %d ends: %s", place.rank, what, extra={"event": "rank_failed", "stack": stack})
-            return 1
-    return 0
+    if failed and dist.is_initialized():
+        # A broken group is left as it is: NCCL, asked to end it, may wait for a graph or for a rank that hangs.
+        logging.shutdown()
+        os._exit(1)
+    return int(failed)
 
 
 def _run_dir() -> Path:
@@ -175,7 +179,7 @@ def _serve_engine(
     try:
         serve(engine, socket, Event(), when_idle=check_ranks)
         sender.send(Stop())
-        loaded.ranks.leave()
+        loaded.leave()
     finally:
         sender.close()
 
@@ -204,7 +208,7 @@ def _run_other_rank(member: _Member) -> None:
         loaded = load_rank(place, store, orders.config, lambda done, total: None)
         address = store.get(_steps_key(place.rank)).decode()
         follow(loaded, StepReceiver(member.context, Path(orders.run_dir), place.rank, address=address), watch)
-        loaded.ranks.leave()
+        loaded.leave()
 
 
 def follow(loaded: LoadedRank, receiver: StepReceiver, watch: StepWatch | None = None) -> None:

@@ -219,4 +219,4 @@ class _Row:
         missing = logits_V.shape[0] - len(forbidden)
         if missing > 0:
             forbidden = np.concatenate([forbidden, np.ones(missing, bool)])
-        return torch.from_numpy(forbidden).to(logits_V.device)
+        return torch.from_numpy(forbidden).to(logits_V.device, non_blocking=True)

@@ -82,6 +82,10 @@ class DecodeGraphs:
         self._replays[min(size for size in self.sizes if size >= num_rows)]()
         return None if self._logits_SV is None else self._logits_SV[:num_rows]
 
+    def release(self) -> None:
+        """Let go of every graph; none can be replayed any more."""
+        self._replays.clear()
+
     def _decode_into_buffer(self, decode: Callable[[int], torch.Tensor | None], size: int) -> None:
         logits_BV = decode(size)
         if logits_BV is None:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from leanserve.bench.gpu import TINY_CELLS, run_gpu_bench
-from leanserve.bench.gpu_report import print_gpu_report, write_gpu_report
+from leanserve.bench.gpu_report import GpuReport, print_gpu_report, write_gpu_report
 from leanserve.bench.task import MIN_STEPS
 from leanserve.contracts.errors import ConfigError
 from leanserve.worker.device import Gpus
@@ -15,7 +15,9 @@ from leanserve.worker.device import Gpus
 
 def test_it_measures_what_it_says_and_writes_what_it_prints(tmp_path, monkeypatch):
     monkeypatch.setattr("leanserve.bench.gpu.usable_gpus", lambda: Gpus(0, "none for this test"))
-    report = run_gpu_bench((), Console(file=io.StringIO()), tiny=True)
+    saved: list[GpuReport] = []
+    report = run_gpu_bench((), Console(file=io.StringIO()), tiny=True, save=saved.append)
+    assert [[set(cell.figures) for cell in each.cells] for each in saved] == [[{"eager"}] * len(TINY_CELLS)] * 2
     write_gpu_report(report, tmp_path)
     written = json.loads((tmp_path / "gpu.json").read_bytes())
     assert [(cell["context_tokens"], cell["batch"]) for cell in written["cells"]] == list(TINY_CELLS)
@@ -30,10 +32,22 @@ def test_it_measures_what_it_says_and_writes_what_it_prints(tmp_path, monkeypatc
     # KV of 64 tokens (2 layers, K and V, 2 heads of 16, float32) and a row of the embedding for each of two more.
     assert three["read_bytes"] - one["read_bytes"] == 2 * (64 * 2 * 2 * 2 * 16 + 64) * 4
     assert written["checks"] == []
+    assert written["left_out"] == []
     printed = io.StringIO()
     print_gpu_report(report, Console(file=printed, width=80))
     for cell in report.cells:
         assert f"{cell.figures['eager'].step_ms:.2f}" in printed.getvalue()
+
+
+def test_what_has_no_time_is_named_and_left_out(monkeypatch):
+    monkeypatch.setattr("leanserve.bench.gpu.usable_gpus", lambda: Gpus(0, "none for this test"))
+    report = run_gpu_bench((1, 2), Console(file=io.StringIO()), tiny=True, budget_s=0)
+    assert report.left_out == ["decode, eager", "tokens on 1 rank eager", "tokens on 2 ranks eager"]
+    assert [cell.figures for cell in report.cells] == [{}, {}]
+    assert report.checks == []
+    printed = io.StringIO()
+    print_gpu_report(report, Console(file=printed, width=200))
+    assert "No time was left for: decode, eager; tokens on 1 rank eager" in printed.getvalue()
 
 
 def test_without_a_gpu_only_the_tiny_model_is_served(monkeypatch):

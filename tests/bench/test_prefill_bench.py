@@ -54,7 +54,7 @@ def test_figures_are_in_the_units_of_the_table():
 def test_bench_multigpu_compares_rank_counts_over_gloo_too(tmp_path):
     printed, report = bench(tmp_path, "multigpu", "--device", "cpu", "--ranks", "1,2")
     assert "the same" in printed
-    assert "GPUs and NCCL" in printed
+    assert "GPUs, NCCL and CUDA graphs" in printed
     assert [ranks["differing_tokens"] for ranks in report["by_ranks"]] == [None, 0]
     for ranks in report["by_ranks"]:
         assert ranks["prefill_tokens_per_s"]["128"] > 0

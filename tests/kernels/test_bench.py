@@ -23,11 +23,21 @@ def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_a_run_leaves_a_result_a_plot_and_a_table(tmp_path):
-    finished = run("--out", str(tmp_path / "new"), "--contenders", "lean,SDPA")
+    broken = """
+import contenders
+def broken(caches):
+    raise RuntimeError("no compiler here")
+contenders.CPU_CONTENDERS["broken"] = broken
+"""
+    finished = run("--out", str(tmp_path / "new"), "--contenders", "lean,SDPA,broken", before=broken)
     assert finished.returncode == 0, finished.stderr
     result = json.loads((tmp_path / "new" / "result.json").read_text())
     assert {"device", "versions", "commit", "date", "gate_max_error", "read_gbps"} <= set(result["about"])
-    measured = {(row["contender"], row["dtype"]): row for row in result["rows"]}
+    failed = [row for row in result["rows"] if row["contender"] == "broken"]
+    assert [row["skipped"] for row in failed] == ["failed: RuntimeError: no compiler here"] * 2
+    assert "broken: failed: RuntimeError" in finished.stdout
+    assert result["about"]["cases_left_out"] == 0
+    measured = {(row["contender"], row["dtype"]): row for row in result["rows"] if row not in failed}
     assert set(measured) == {(c, d) for c in ("lean", "SDPA") for d in ("float32", "bfloat16")}
     for row in measured.values():
         assert row["us"] > 0

@@ -3,13 +3,14 @@
 Triton reads TRITON_INTERPRET when it is imported, so they run in processes of their own: two, side by side.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from triton_interpreter import needs_interpreter
 
 HERE = Path(__file__).parent
 SPLIT = (
@@ -18,7 +19,7 @@ SPLIT = (
 )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
+@needs_interpreter
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreted run already")
 @pytest.mark.timeout(900)
 def test_the_kernels_pass_in_the_interpreter(tmp_path):

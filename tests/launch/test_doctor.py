@@ -21,6 +21,8 @@ HOST = HostFacts(
     processes=None,
     locked_memory=None,
     temporary_dir=Path("/tmp"),
+    c_compiler="/usr/bin/gcc",
+    python_header=Path("/usr/include/python3.11/Python.h"),
 )
 
 
@@ -69,6 +71,8 @@ def test_options_that_contradict_each_other_are_an_error() -> None:
         ({"shm_free": 60 << 20}, 1, 0, 0),
         ({"shm_free": 60 << 20}, 2, 1, 0),
         ({"temporary_dir": Path("/" + "long" * 25)}, 0, 0, 1),
+        ({"c_compiler": None}, 0, 0, 0),
+        ({"c_compiler": None, "python_header": None}, 1, 2, 0),
         ({"open_files": 1024}, 0, 0, 1),
         ({"cgroup_limit": 1 << 30}, 0, 0, 1),
     ],

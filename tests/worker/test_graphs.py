@@ -4,7 +4,10 @@ the kernels; with one, the real thing."""
 import json
 import multiprocessing as mp
 import os
+import weakref
 from array import array
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from leanserve.model.architecture import read_architecture
 from leanserve.model.decoder import Decoder
 from leanserve.worker.graphs import CudaCapture, capture_sizes
 from leanserve.worker.runner import Runner
+from triton_interpreter import needs_interpreter
 
 PAGE = 16
 MAX_SEQUENCES = 4
@@ -56,13 +60,15 @@ def test_sizes_reach_from_one_row_to_all():
         assert wasted < (8 if rows < 64 else 16 if rows < 256 else 32)
 
 
-def load(model_dir: Path, device: str, *, enforce_eager: bool = False) -> tuple[LoadedRank, EngineConfig]:
+def load(
+    model_dir: Path, device: str, *, enforce_eager: bool = False, attention: str = "triton"
+) -> tuple[LoadedRank, EngineConfig]:
     token_bytes = read_architecture(model_dir).kv_bytes_per_token(torch.float32.itemsize)
     config = EngineConfig(
         model_dir=str(model_dir),
         dtype="float32",
         device=device,  # type: ignore[arg-type]
-        attention="triton",
+        attention=attention,  # type: ignore[arg-type]
         enforce_eager=enforce_eager,
         cache=CacheOptions(page_tokens=PAGE, kv_memory_bytes=40 * PAGE * token_bytes, max_context_tokens=128),
         batch=BatchOptions(max_batch_tokens=64, max_sequences=MAX_SEQUENCES),
@@ -127,6 +133,7 @@ def _replay_a_tape(model_dir: Path, folder: Path) -> None:
     (folder / "answer.json").write_text(json.dumps(answer))
 
 
+@needs_interpreter
 def test_a_taped_step_serves_every_later_one_bit_for_bit(tmp_path_factory, tmp_path, monkeypatch):
     """Captured before the first request: no length, page table, batch or token of any later step may matter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -246,3 +253,39 @@ def test_a_replayed_step_allocates_nothing(tmp_path_factory):
 def test_work_that_needs_the_host_is_refused():
     with pytest.raises(RuntimeError, match="captur"):
         CudaCapture(torch.device("cuda"))(lambda: torch.ones(3, device="cuda").sum().item())
+
+
+class _Graph:
+    """Does its work again, and nothing else holds on to it."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        work()
+        self._work = work
+
+    def replay(self) -> None:
+        self._work()
+
+
+def test_graphs_are_gone_before_the_group_is_left(tmp_path_factory):
+    """NCCL waits in vain for a communicator's end while a graph with one of its kernels lives."""
+    model_dir = checkpoint(tmp_path_factory, "llama", layers=1)
+    loaded, _ = load(model_dir, "cpu", attention="portable")
+    graphs: list[weakref.ref[_Graph]] = []
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        graph = _Graph(work)
+        graphs.append(weakref.ref(graph))
+        return graph.replay
+
+    loaded.runner.capture_graphs(capture, lambda done, total: None)
+    alive_when_left: list[int] = []
+
+    class Group(Ranks):
+        def leave(self) -> None:
+            alive_when_left.append(sum(graph() is not None for graph in graphs))
+
+    group = Group(rank=0, size=1, device=loaded.ranks.device, group=None, stages_through_host=False)
+    assert all(graph() is not None for graph in graphs)
+    replace(loaded, ranks=group).leave()
+    assert len(graphs) == len(capture_sizes(MAX_SEQUENCES))
+    assert alive_when_left == [0]

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.worker.sampler import Draw, sample, uniform
@@ -95,3 +96,29 @@ def test_the_stream_of_a_seed_is_uniform_and_its_own():
     assert uniform(42, 0) == uniform(42, 0)
     assert len({uniform(seed, 0) for seed in range(-500, 500)}) == 1000
     assert uniform(-(2**63), 3) != uniform(2**63 - 1, 3)
+
+
+class _Copies(TorchDispatchMode):
+    """Notes every copy between devices: whether the host waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocking: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten._to_copy.default and result.device != args[0].device:
+            self.blocking.append(not kwargs.get("non_blocking", False))
+        return result
+
+
+def test_drawing_does_not_wait_for_the_device():
+    """Rows of all kinds, on a device without numbers, where to read one is an error."""
+    kinds = [{"temperature": 0}, {}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5, "min_p": 0.1}]
+    some = [draws(1, **kind)[0] for kind in kinds]
+    with _Copies() as copies:
+        tokens = sample(torch.empty(len(some), V, device="meta"), some)
+    assert tokens.shape == (len(some),)
+    assert copies.blocking
+    assert not any(copies.blocking)
