@@ -140,6 +140,15 @@ def serve(
         MetricsChoice,
         typer.Option(help="vllm: /metrics has vLLM's names too, for its dashboards.", rich_help_panel=SIGHT),
     ] = MetricsChoice.none,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A collector for OpenTelemetry spans, such as http://127.0.0.1:4318. Needs leanserve[otel]. "
+            "Default: OTEL_EXPORTER_OTLP_ENDPOINT, or none.",
+            rich_help_panel=SIGHT,
+        ),
+    ] = None,
     ranks: Ranks = "auto",
     device: DeviceOption = DeviceChoice.auto,
     comm: CommOption = CommChoice.auto,
@@ -234,6 +243,7 @@ def serve(
         log_level=log_level.value,
         log_format=log_format.value,
         access_log=access_log,
+        otlp_endpoint=otlp_endpoint,
         metrics_compat=metrics_compat is MetricsChoice.vllm,
         tool_format=None if tool_format == "auto" else find_tool_format(tool_format),
         launch=LaunchOptions(

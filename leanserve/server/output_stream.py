@@ -8,7 +8,7 @@ from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedEr
 from leanserve.contracts.messages import PrefillProgress, TokenOutput
 from leanserve.contracts.sampling import FinishReason, SamplingParams
 from leanserve.server.errors import DeadlineError
-from leanserve.server.statistics import Phase
+from leanserve.server.statistics import Phase, RequestTimes
 
 __all__ = ["OutputStream"]
 
@@ -39,6 +39,8 @@ class OutputStream:
         """When the requests came in; None: when they are submitted."""
         self.progress: dict[str, PrefillProgress] = {}
         """The newest of each request whose prompt is being computed."""
+        self.times: dict[str, RequestTimes] = {}
+        """Of each request."""
         self.phase: Phase = "queued"
         """Of the request that is furthest."""
         self.wakes_on_progress = False

@@ -12,7 +12,6 @@ from leanserve.contracts.errors import LeanServeError
 from leanserve.server.answer import Answer
 from leanserve.server.errors import error_reply
 from leanserve.server.logs import log_internal_error
-from leanserve.server.metrics import HttpCounts
 from leanserve.server.output_stream import OutputStream
 from leanserve.server.request_facts import RequestFacts, facts_of
 
@@ -25,24 +24,21 @@ _DONE = b"data: [DONE]\n\n"
 class EventStream(StreamingResponse):
     """An answer as a stream of events. Its requests end with it, however it ends."""
 
-    def __init__(self, answer: Answer, outputs: OutputStream, keep_alive_s: float, counts: HttpCounts) -> None:
+    def __init__(self, answer: Answer, outputs: OutputStream, keep_alive_s: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         events = _progress_and_events(answer, outputs, keep_alive_s) if answer.tells_progress else None
         events = events or _events(answer, outputs, keep_alive_s)
         super().__init__(self._ended_clearly(events), headers=headers, media_type="text/event-stream")
         self._facts: RequestFacts | None = None
-        self._answer = answer
         self._outputs = outputs
-        self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._facts = facts_of(scope)
         try:
             await super().__call__(scope, receive, send)
         finally:  # a disconnect cancels the sending and leaves the generator where it stands
-            self._facts.completion_tokens = self._answer.completion_tokens
             if not self._outputs.finished:
-                self._counts.disconnects[self._outputs.phase] += 1
+                self._facts.left_in = self._outputs.phase
                 self._outputs.abort()
 
     async def _ended_clearly(self, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
