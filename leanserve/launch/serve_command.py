@@ -58,7 +58,11 @@ class MetricsChoice(StrEnum):
 def serve(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A checkpoint directory or a hub id. Default: the bundled model."),
+        typer.Argument(
+            metavar="[MODEL]",
+            envvar="LEANSERVE_MODEL",
+            help="A checkpoint directory or a hub id. Default: the bundled model.",
+        ),
     ] = None,
     config: Annotated[
         Path | None,
