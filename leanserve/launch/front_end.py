@@ -18,12 +18,13 @@ from leanserve import __version__
 from leanserve.bundled import EXAMPLE_PROMPT
 from leanserve.contracts.errors import ConfigError, EngineError
 from leanserve.contracts.messages import EngineInfo
-from leanserve.launch.access import AccessOptions, is_loopback
+from leanserve.launch.access import AccessOptions
 from leanserve.launch.capacity import describe_cache, describe_context
 from leanserve.launch.engine_group import EngineGroup, make_run_dir
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.options import LaunchOptions
+from leanserve.launch.own_address import is_loopback
 from leanserve.launch.ranks_process import RUN_DIR_VARIABLE
 from leanserve.launch.spans import open_tracing
 from leanserve.launch.under_torchrun import AGENT_PID_VARIABLE, PULSE_HOST_VARIABLE

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from leanserve.contracts.errors import ConfigError
-from leanserve.launch.access import is_loopback
+from leanserve.launch.own_address import is_loopback
 
 if TYPE_CHECKING:
     from leanserve.server.tracing import Tracing
