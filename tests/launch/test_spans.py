@@ -1,6 +1,7 @@
 """Spans leave a real server for a real collector's port, and nobody who did not ask for them pays for them."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -78,7 +79,8 @@ def test_a_server_without_spans_imports_no_sdk() -> None:
         "import sys, leanserve.launch.front_end as f; assert f.open_tracing(None) is None; "
         "print([m for m in sys.modules if m.startswith(('opentelemetry.sdk', 'opentelemetry.exporter'))])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"
 
 
