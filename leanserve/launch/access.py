@@ -1,13 +1,12 @@
 """Who may use a server, as the command line says it."""
 
-import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from leanserve.server.auth import key_digests, read_key_file
 
-__all__ = ["AccessOptions", "is_loopback"]
+__all__ = ["AccessOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +31,3 @@ class AccessOptions:
         """
         keys = [key for given in self.keys for key in re.split(r"[,\s]+", given.strip())]
         return key_digests([*keys, *(read_key_file(self.key_file) if self.key_file is not None else ())])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -18,13 +18,15 @@ from leanserve import __version__
 from leanserve.bundled import EXAMPLE_PROMPT
 from leanserve.contracts.errors import ConfigError, EngineError
 from leanserve.contracts.messages import EngineInfo
-from leanserve.launch.access import AccessOptions, is_loopback
+from leanserve.launch.access import AccessOptions
 from leanserve.launch.capacity import describe_cache, describe_context
 from leanserve.launch.engine_group import EngineGroup
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.options import LaunchOptions
+from leanserve.launch.own_address import is_loopback
 from leanserve.launch.run_dir import RUN_DIR_VARIABLE, make_run_dir
+from leanserve.launch.spans import open_tracing
 from leanserve.launch.under_torchrun import AGENT_PID_VARIABLE, PULSE_HOST_VARIABLE
 from leanserve.model.architecture import read_architecture
 from leanserve.server.app import create_app
@@ -64,6 +66,8 @@ class ServeOptions:
     """json: no banner and no progress bar, but one event with the same facts."""
     access_log: str | None = None
     """A file, or - for standard error."""
+    otlp_endpoint: str | None = None
+    """Where spans go; None: where OpenTelemetry's own variables say, or nowhere."""
     metrics_compat: bool = False
     tool_format: ToolFormat | None = None
     """None: as the chat template says."""
@@ -113,6 +117,7 @@ def serve_until_stopped(options: ServeOptions) -> int:
     settings = options.server_settings()
     if options.access_log is not None:
         open_access_log(options.access_log)
+    tracing = open_tracing(options.otlp_endpoint)
     listener = bind_socket(options.host, options.port)
     model_dir = options.launch.find_model()
     architecture = read_architecture(model_dir)
@@ -140,9 +145,13 @@ def serve_until_stopped(options: ServeOptions) -> int:
         recovery=options.recovery,
         pulse_host=os.environ.get(PULSE_HOST_VARIABLE),
     )
-    app = create_app(group.client, tokenizer, settings, chat_template)
+    app = create_app(group.client, tokenizer, settings, chat_template, tracing)
     steps = f"of up to {config.batch.max_batch_tokens:,} tokens"
-    return asyncio.run(_serve(group, app, listener, options, console, steps, has_text=tokenizer is not None))
+    try:
+        return asyncio.run(_serve(group, app, listener, options, console, steps, has_text=tokenizer is not None))
+    finally:
+        if tracing is not None:
+            tracing.close()
 
 
 def _run_ranks_only(options: ServeOptions) -> int:

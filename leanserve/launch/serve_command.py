@@ -58,7 +58,11 @@ class MetricsChoice(StrEnum):
 def serve(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A checkpoint directory or a hub id. Default: the bundled model."),
+        typer.Argument(
+            metavar="[MODEL]",
+            envvar="LEANSERVE_MODEL",
+            help="A checkpoint directory or a hub id. Default: the bundled model.",
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -140,6 +144,15 @@ def serve(
         MetricsChoice,
         typer.Option(help="vllm: /metrics has vLLM's names too, for its dashboards.", rich_help_panel=SIGHT),
     ] = MetricsChoice.none,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A collector for OpenTelemetry spans, such as http://127.0.0.1:4318. Needs leanserve[otel]. "
+            "Default: OTEL_EXPORTER_OTLP_ENDPOINT, or none.",
+            rich_help_panel=SIGHT,
+        ),
+    ] = None,
     ranks: Ranks = "auto",
     device: DeviceOption = DeviceChoice.auto,
     comm: CommOption = CommChoice.auto,
@@ -234,6 +247,7 @@ def serve(
         log_level=log_level.value,
         log_format=log_format.value,
         access_log=access_log,
+        otlp_endpoint=otlp_endpoint,
         metrics_compat=metrics_compat is MetricsChoice.vllm,
         tool_format=None if tool_format == "auto" else find_tool_format(tool_format),
         launch=LaunchOptions(

@@ -3,6 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
+from typing import ClassVar
 
 from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.messages import TokenOutput
@@ -22,6 +23,9 @@ class Answer(ABC):
         choices: by request id.
     """
 
+    operation: ClassVar[str]
+    """What OpenTelemetry calls it."""
+
     def __init__(
         self,
         answer_id: str,
@@ -34,6 +38,7 @@ class Answer(ABC):
     ) -> None:
         self.id = answer_id
         self.choices = choices
+        self.model_name = model_name
         self.streams = bool(request.stream)
         object_name = chunk_object if self.streams else whole_object
         self._envelope = {"id": self.id, "object": object_name, "created": int(time.time()), "model": model_name}
@@ -56,6 +61,14 @@ class Answer(ABC):
     def completion_tokens(self) -> int:
         return sum(choice.num_tokens for choice in self.choices.values())
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the prefix cache held. A prompt's samples share it: what its first one found counts."""
+        cached: dict[int, int] = {}
+        for choice in self.choices.values():
+            cached.setdefault(id(choice.prompt), choice.cached_tokens)
+        return sum(cached.values())
+
     def progress(self, outputs: OutputStream) -> dict[str, int]:
         """How far all prompts together are: tokens in all, found in the cache, and in the KV cache by now."""
         total = cached = processed = 0
@@ -73,14 +86,11 @@ class Answer(ABC):
 
     def usage(self) -> dict[str, object]:
         completion_tokens = self.completion_tokens
-        cached: dict[int, int] = {}  # a prompt's samples share it: count what its first one found
-        for choice in self.choices.values():
-            cached.setdefault(id(choice.prompt), choice.cached_tokens)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": self.prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
     def chunk(self, piece: Piece) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """Puts the HTTP face together."""
 
+from typing import TYPE_CHECKING
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -18,6 +20,9 @@ from leanserve.server.serving import Serving
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from leanserve.server.tracing import Tracing
+
 __all__ = ["create_app"]
 
 
@@ -26,6 +31,7 @@ def create_app(
     tokenizer: Tokenizer | None,
     settings: ServerSettings,
     chat_template: ChatTemplate | None = None,
+    tracing: "Tracing | None" = None,
 ) -> FastAPI:
     """The ASGI application. `app.state.serving` is its `Serving`.
 
@@ -34,6 +40,7 @@ def create_app(
         tokenizer: None serves token ids only.
         settings: names and limits.
         chat_template: None: the chat route says that there is none.
+        tracing: where spans go; None: there are none.
     """
     serving = Serving(client, tokenizer, settings, chat_template)
     app = FastAPI(
@@ -64,7 +71,7 @@ def create_app(
             allow_headers=("Authorization", "Content-Type", "X-Request-Id"),
             expose_headers=("X-Request-Id", "Retry-After"),
         )
-    app.add_middleware(RequestBoundary, counts=serving.counts)  # the outermost
+    app.add_middleware(RequestBoundary, counts=serving.counts, tracing=tracing)  # the outermost
     return app
 
 

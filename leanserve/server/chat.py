@@ -57,6 +57,8 @@ class ChatCompletion(Answer):
         style: how this model writes function calls when it may choose; None: nobody knows.
     """
 
+    operation = "chat"
+
     def __init__(
         self,
         request: ChatRequest,

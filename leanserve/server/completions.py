@@ -22,6 +22,8 @@ __all__ = ["Completion"]
 class Completion(Answer):
     """One answer of /v1/completions."""
 
+    operation = "text_completion"
+
     def __init__(
         self,
         request: CompletionRequest,

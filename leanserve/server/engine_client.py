@@ -228,6 +228,7 @@ class EngineClient:
         if not self.live:
             self._heard_at = time.monotonic()
         times = self.statistics.submitted(stream.arrived_at, len(prompt_token_ids) // TOKEN_ID_BYTES)
+        stream.times[request_id] = times
         submit = self.live.add(LiveRequest(request_id, prompt_token_ids, sampling, stream, times))
         if submit is not None and not self._socket.send(submit):
             self.live.remove(request_id)  # it has just gone, and `lose` has not heard of it yet

@@ -1,5 +1,6 @@
 """The requests that the engine works on, with all that the next engine would need to go on with them."""
 
+import time
 from array import array
 from collections import deque
 from collections.abc import Iterator
@@ -125,6 +126,10 @@ class LiveRequests:
         culprit, self.on_probation = self.on_probation, None
         self._by_wire_id.clear()
         self._newcomers.clear()
+        now = time.perf_counter()
+        for request in self._by_id.values():
+            if request.submissions > 0:
+                request.times.engine_lost_at += (now,)
         self._suspects = deque(sorted(self, key=lambda r: r.times.prompt_tokens + len(r.output_token_ids)))
         return culprit if culprit is not None and culprit.request_id in self._by_id else None
 
@@ -150,6 +155,8 @@ class LiveRequests:
 
     def _hand_over(self, request: LiveRequest) -> Submit:
         request.submissions += 1
+        if request.submissions > 1:
+            request.times.resumed_at += (time.perf_counter(),)
         request.prompt_rows_of_engine = 0
         self._by_wire_id[request.wire_id] = request
         return request.as_submit()

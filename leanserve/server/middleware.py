@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import time
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,6 +17,9 @@ from leanserve.server.metrics import HttpCounts
 from leanserve.server.request_facts import RequestFacts, facts_of
 from leanserve.server.statistics import Phase
 
+if TYPE_CHECKING:
+    from leanserve.server.tracing import Tracing
+
 __all__ = ["BodyLimit", "ClientLeft", "RequestBoundary", "refuse_unread"]
 
 logger = logging.getLogger("leanserve.server")
@@ -26,11 +30,16 @@ _LINGER_S = 1.0
 
 
 class RequestBoundary:
-    """Gives a request its id, logs it without its content, and turns whatever escapes into a 500 that says nothing."""
+    """Gives a request its id, logs it without its content, and turns whatever escapes into a 500 that says nothing.
 
-    def __init__(self, app: ASGIApp, counts: HttpCounts) -> None:
+    Args:
+        tracing: is told of every request when it has ended; None: nobody is.
+    """
+
+    def __init__(self, app: ASGIApp, counts: HttpCounts, tracing: "Tracing | None") -> None:
         self._app = app
         self._counts = counts
+        self._tracing = tracing
         self._refusals = RefusalLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,9 +61,9 @@ class RequestBoundary:
         try:
             await self._app(scope, receive, send_with_id)
         except ClientLeft as left:
-            self._counts.disconnects[left.phase] += 1
+            facts.left_in = left.phase
         except ClientDisconnect:
-            self._counts.disconnects["body"] += 1
+            facts.left_in = "body"
         except Exception as error:
             log_internal_error(error, request_id)
             if status == 0:
@@ -69,6 +78,10 @@ class RequestBoundary:
         self._counts.responses[route, status] += 1
         if facts.error_code is not None:
             self._counts.errors[facts.error_code] += 1
+        if facts.left_in is not None:
+            self._counts.disconnects[facts.left_in] += 1
+        if self._tracing is not None:
+            self._tracing.record(scope, facts, status)
         self._tell(facts, status, (time.perf_counter() - facts.arrived_at) * 1000)
         log_access(
             id=facts.request_id,

@@ -8,7 +8,7 @@ from leanserve.contracts.errors import EngineError, LeanServeError, OverloadedEr
 from leanserve.contracts.messages import PrefillProgress, TokenOutput
 from leanserve.contracts.sampling import FinishReason, SamplingParams
 from leanserve.server.errors import DeadlineError
-from leanserve.server.statistics import Phase
+from leanserve.server.statistics import Phase, RequestTimes
 
 __all__ = ["OutputStream"]
 
@@ -39,6 +39,8 @@ class OutputStream:
         """When the requests came in; None: when they are submitted."""
         self.progress: dict[str, PrefillProgress] = {}
         """The newest of each request whose prompt is being computed."""
+        self.times: dict[str, RequestTimes] = {}
+        """Of each request."""
         self.phase: Phase = "queued"
         """Of the request that is furthest."""
         self.wakes_on_progress = False
@@ -70,16 +72,18 @@ class OutputStream:
 
     def limit(self, queue_s: float | None, total_s: float | None) -> None:
         """Fail with a DeadlineError if none has begun after `queue_s`, or not all have ended after `total_s`."""
+
+        def expire(error: DeadlineError) -> None:
+            if self._live and (error.code == "total_timeout" or self.phase == "queued"):
+                self.fail(error, drop_queue=True)
+
         loop = asyncio.get_running_loop()
-
-        def expire(what: str, limit_s: float) -> None:
-            if self._live and (what == "total" or self.phase == "queued"):
-                told = f"waited {limit_s:g} s for its turn" if what == "queue" else f"took more than {limit_s:g} s"
-                self.fail(DeadlineError(f"the request {told}, the limit", code=f"{what}_timeout"), drop_queue=True)
-
-        for what, limit_s in (("queue", queue_s), ("total", total_s)):
-            if limit_s is not None:
-                self._deadlines.append(loop.call_later(limit_s, expire, what, limit_s))
+        if queue_s is not None:
+            error = DeadlineError(f"the request waited {queue_s:g} s for its turn, the limit", code="queue_timeout")
+            self._deadlines.append(loop.call_later(queue_s, expire, error))
+        if total_s is not None:
+            error = DeadlineError(f"the request took more than {total_s:g} s, the limit", code="total_timeout")
+            self._deadlines.append(loop.call_later(total_s, expire, error))
 
     async def begun(self, timeout_s: float) -> None:
         """Wait until there is something to read, or for so long.

@@ -50,10 +50,11 @@ async def respond(request: Request, serving: Serving, answer: Answer) -> Respons
     """
     serving.admit(len(answer.choices), answer.prompt_tokens)  # again: tokenizing a long text takes a while
     facts = facts_of(request.scope)
-    facts.prompt_tokens, facts.answer_id = answer.prompt_tokens, answer.id
+    facts.answer = answer
     extra = {"event": "request_admitted", "request_id": facts.request_id, "answer_id": answer.id}
     logger.debug("request %s is %s: %d prompt tokens", facts.request_id, answer.id, answer.prompt_tokens, extra=extra)
     outputs = serving.client.open_stream(arrived_at=facts.arrived_at)
+    facts.times = outputs.times
     try:
         for choice in answer.choices.values():
             outputs.submit(choice.request_id, choice.prompt.token_ids, choice.sampling)
@@ -62,10 +63,8 @@ async def respond(request: Request, serving: Serving, answer: Answer) -> Respons
         if answer.streams:
             if settings.queue_timeout_s is not None:  # a deadline has a status of its own, while there is none yet
                 await _unless_disconnected(request, outputs, outputs.begun(settings.keep_alive_s))
-            return EventStream(answer, outputs, serving.settings.keep_alive_s, serving.counts)
-        response = await _unless_disconnected(request, outputs, _whole(answer, outputs))
-        facts.completion_tokens = answer.completion_tokens
-        return response
+            return EventStream(answer, outputs, settings.keep_alive_s, serving.counts)
+        return await _unless_disconnected(request, outputs, _whole(answer, outputs))
     except BaseException:
         outputs.abort()
         raise

@@ -31,7 +31,6 @@ class EventStream(StreamingResponse):
         events = events or _events(answer, outputs, keep_alive_s)
         super().__init__(self._ended_clearly(events), headers=headers, media_type="text/event-stream")
         self._facts: RequestFacts | None = None
-        self._answer = answer
         self._outputs = outputs
         self._counts = counts
 
@@ -42,9 +41,8 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:  # a disconnect cancels the sending and leaves the generator where it stands
             self._counts.open_streams -= 1
-            self._facts.completion_tokens = self._answer.completion_tokens
             if not self._outputs.finished:
-                self._counts.disconnects[self._outputs.phase] += 1
+                self._facts.left_in = self._outputs.phase
                 self._outputs.abort()
 
     async def _ended_clearly(self, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -47,15 +47,31 @@ class Histogram:
 class RequestTimes:
     """One request's life in seconds of `time.perf_counter`."""
 
-    __slots__ = ("arrived_at", "first_token_at", "last_token_at", "output_tokens", "prompt_tokens", "scheduled_at")
+    __slots__ = (
+        "arrived_at",
+        "engine_lost_at",
+        "first_token_at",
+        "last_token_at",
+        "output_tokens",
+        "prompt_tokens",
+        "resumed_at",
+        "scheduled_at",
+        "submitted_at",
+    )
 
-    def __init__(self, arrived_at: float, prompt_tokens: int) -> None:
+    def __init__(self, arrived_at: float, prompt_tokens: int, submitted_at: float | None = None) -> None:
         self.arrived_at = arrived_at
+        self.submitted_at = arrived_at if submitted_at is None else submitted_at
+        """When it was read, tokenized and checked."""
         self.scheduled_at: float | None = None
         self.first_token_at: float | None = None
         self.last_token_at = arrived_at
         self.prompt_tokens = prompt_tokens
         self.output_tokens = 0
+        self.engine_lost_at: tuple[float, ...] = ()
+        """When an engine died with it, and it waited for the next one ..."""
+        self.resumed_at: tuple[float, ...] = ()
+        """... and when that one got it."""
 
     @property
     def phase(self) -> Phase:
@@ -107,7 +123,8 @@ class RequestStatistics:
 
     def submitted(self, arrived_at: float | None, prompt_tokens: int) -> RequestTimes:
         """A request goes to the engine; `arrived_at` is when its first byte was seen, None is now."""
-        return RequestTimes(time.perf_counter() if arrived_at is None else arrived_at, prompt_tokens)
+        now = time.perf_counter()
+        return RequestTimes(now if arrived_at is None else arrived_at, prompt_tokens, now)
 
     def step(self) -> float:
         """A step's outputs are here. Returns the time, for `scheduled` and `delivered`.

@@ -5,13 +5,16 @@ from typing import Annotated
 
 import pytest
 import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
+from leanserve.__main__ import app
 from leanserve.contracts.errors import ConfigError
-from leanserve.launch.access import AccessOptions, is_loopback
+from leanserve.launch.access import AccessOptions
 from leanserve.launch.configured_command import ConfiguredCommand, use_config_file
 from leanserve.launch.front_end import ServeOptions
 from leanserve.launch.options import LaunchOptions
+from leanserve.launch.own_address import is_loopback
 
 
 def run(*arguments: str, **environment: str) -> tuple[dict[str, object], str]:
@@ -55,6 +58,19 @@ def test_precedence(config: Path) -> None:
     assert (from_environment["port"], from_environment["prefix_cache"]) == (2, True)
     assert run("--config", str(config), "--port", "4", LEANSERVE_PORT="2")[0]["port"] == 4
     assert run(LEANSERVE_CONFIG=str(config))[0]["port"] == 1
+
+
+@pytest.mark.parametrize(("variable", "model"), [("some/model", "some/model"), ("", None)])
+def test_the_model_too_can_stand_in_the_environment(
+    variable: str, model: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    monkeypatch.setenv("LEANSERVE_MODEL", variable)
+    assert serve.make_context("serve", []).params["model"] == model
+    assert serve.make_context("serve", ["given"]).params["model"] == "given"
+    (tmp_path / "file.yaml").write_text("model: written\n")
+    from_file = serve.make_context("serve", ["--config", str(tmp_path / "file.yaml")]).params["model"]
+    assert from_file == (model or "written")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -155,3 +156,14 @@ def test_a_killed_rank_0_and_a_host_cut_off_are_survived(cluster: Cluster, tmp_p
     lost = [event["message"] for event in cluster.events(0) if "wait for restart" in event["message"]]
     assert "rank 2" in lost[-1] or "the step after" in lost[-1]
     assert cluster.stop() == [0, 0, 0]
+
+
+def test_a_name_that_leads_a_host_to_itself_alone_is_not_told_to_others(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    with hosts(2) as net:
+        for host in range(2):
+            code = "import sys; from leanserve.launch.own_address import address_towards; "
+            code += "print(*map(address_towards, sys.argv[1:]))"
+            command = [sys.executable, "-c", code, net.name(0), "127.0.0.1"]
+            assert net.run(host, command, told, {}).wait(30) == 0, told.read_text()
+            assert told.read_text().split() == [net.address(host), "127.0.0.1"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from checkpoints import checkpoint
 from leanserve.__main__ import app
 from leanserve.bundled import bundled_model_dir
 from leanserve.contracts.errors import ConfigError
@@ -59,16 +60,19 @@ def test_bytes_of_published_models_are_exact(name: str, tmp_path: Path) -> None:
     assert (memory.weights, memory.kv_bytes_per_token) == (2 * parameters, kv_bytes)
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_memory_is_what_a_server_reports_at_start(ranks: int) -> None:
+@pytest.mark.parametrize(("model", "ranks", "dtype"), [("bundled", 2, "float32"), ("qwen2", 1, "bfloat16")])
+def test_memory_is_what_a_server_reports_at_start(
+    model: str, ranks: int, dtype: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     from leanserve import LLM
 
-    architecture = read_architecture(bundled_model_dir())
+    model_dir = bundled_model_dir() if model == "bundled" else checkpoint(tmp_path_factory, model)
+    architecture = read_architecture(model_dir)
     question = Question(
-        gpu=find_gpu("L4"), ranks=ranks, context_tokens=1024, sequences=1, dtype="float32", kv_bytes_per_rank=3 << 20
+        gpu=find_gpu("L4"), ranks=ranks, context_tokens=64, sequences=1, dtype=dtype, kv_bytes_per_rank=3 << 20
     )
     planned = make_plan(architecture, question, Constants()).asked[0]
-    with LLM(ranks=ranks, device="cpu", dtype="float32", kv_memory=3 << 20) as llm:
+    with LLM(str(model_dir), ranks=ranks, device="cpu", dtype=dtype, kv_memory=3 << 20) as llm:
         info = llm.info
     assert info.pages_per_rank == (planned.memory.pages,) * ranks
     assert info.kv_bytes_per_token == planned.memory.kv_bytes_per_token

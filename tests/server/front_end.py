@@ -19,6 +19,7 @@ from leanserve.server.http_server import bind_socket, serve_http
 from leanserve.server.serving import Serving
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
+from leanserve.server.tracing import Tracing
 from server.echo_engine import EchoEngine
 
 PATIENCE_S = 120
@@ -110,12 +111,13 @@ async def live_server(
     settings: dict[str, Any] | None = None,
     client_options: dict[str, Any] | None = None,
     chat_template: str | None = None,
+    tracing: Tracing | None = None,
     **engine: Any,
 ) -> AsyncIterator[Live]:
     async with connected(max_queued_tokens, client_options, ready=False, **engine) as (client, echo):
         server_settings = ServerSettings(**{"model_names": ("echo", "org/echo"), **(settings or {})})
         template = None if chat_template is None else ChatTemplate({"default": chat_template}, {"bos_token": "<s>"})
-        app = create_app(client, tokenizer, server_settings, template)
+        app = create_app(client, tokenizer, server_settings, template, tracing)
         listener = bind_socket("127.0.0.1", 0)
         port = listener.getsockname()[1]
         stop = asyncio.Event()
