@@ -107,7 +107,9 @@ WeightsOption = Annotated[
         rich_help_panel=RANKS,
     ),
 ]
-PageTokens = Annotated[int, typer.Option(help="Tokens per KV page: 16, 32, 64, 128 or 256.", rich_help_panel=MEMORY)]
+PageTokens = Annotated[
+    int, typer.Option(metavar="N", help="Tokens per KV page: 16, 32, 64, 128 or 256.", rich_help_panel=MEMORY)
+]
 MaxContext = Annotated[
     str,
     typer.Option(
@@ -131,9 +133,10 @@ PrefixCache = Annotated[
     ),
 ]
 MaxBatchTokens = Annotated[
-    int, typer.Option(help="Tokens computed in one step, decode and prefill together.", rich_help_panel=MEMORY)
+    int,
+    typer.Option(metavar="N", help="Tokens computed in one step, decode and prefill together.", rich_help_panel=MEMORY),
 ]
-MaxSequences = Annotated[int, typer.Option(help="Sequences that run at once.", rich_help_panel=MEMORY)]
+MaxSequences = Annotated[int, typer.Option(metavar="N", help="Sequences that run at once.", rich_help_panel=MEMORY)]
 LongPrefillTokens = Annotated[
     str,
     typer.Option(

@@ -53,6 +53,7 @@ def open_log(level: LogLevel = "info", log_format: LogFormat = "text", **facts: 
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("leanserve").setLevel(level.upper())
+    access_logger.setLevel(logging.WARNING)  # silent, until `open_access_log`
 
 
 def open_log_of_rank(**facts: object) -> None:

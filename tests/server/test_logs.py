@@ -19,14 +19,15 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def log_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    root, ours = logging.getLogger(), logging.getLogger("leanserve")
-    before = root.handlers, root.level, ours.level
+    root, ours, access = logging.getLogger(), logging.getLogger("leanserve"), logging.getLogger("leanserve.access")
+    before = root.handlers, root.level, ours.level, access.level
     for name in ("LEANSERVE_LOG_LEVEL", "LEANSERVE_LOG_FORMAT"):
         monkeypatch.setenv(name, "")  # undone, whatever open_log sets
     yield
     root.handlers = before[0]
     root.setLevel(before[1])
     ours.setLevel(before[2])
+    access.setLevel(before[3])
 
 
 def events(capsys: Captured) -> list[dict[str, Any]]:
@@ -43,6 +44,16 @@ def test_json_lines_have_the_facts_and_another_process_inherits_the_choice(capsy
     (line,) = events(capsys)
     assert line.pop("time").endswith("+00:00")
     assert line == {"level": "error", "event": "rank_failed", "message": "rank 2\nfell", "rank": 2, "step": 7}
+
+
+def test_the_log_has_no_line_of_the_access_log(capsys: Captured) -> None:
+    async def scenario() -> None:
+        async with live_server(None) as live:
+            assert (await live.complete(prompt=[5])).status_code == 200
+
+    open_log("info", "text")
+    run(scenario())
+    assert "/v1/completions" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
