@@ -378,6 +378,7 @@ def test_the_head_of_a_request_may_not_take_for_ever() -> None:
                     slow.cancel()
                     assert answer.startswith(b"HTTP/1.1 408 Request Timeout")
                     assert b"0.4 s" in answer
+                    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
             streamed = await live.chunks(prompt=[5], max_tokens=500, ignore_eos=True)  # an answer may take longer
             assert len(streamed) == 500
 
