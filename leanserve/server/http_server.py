@@ -161,6 +161,10 @@ class _Protocol(H11Protocol):
             self._head_deadline = None
 
     def _head_is_late(self) -> None:
+        waiting, _ = self.conn.trailing_data
+        if not waiting:  # opened ahead of need: an answer to nothing would be taken for the next request's
+            self.transport.close()
+            return
         self._refuse(408, f"the head of the request had not arrived after {self.head_timeout_s:g} s")
 
     def _unsupported_upgrade_warning(self) -> None:

@@ -379,6 +379,8 @@ def test_the_head_of_a_request_may_not_take_for_ever() -> None:
                     assert answer.startswith(b"HTTP/1.1 408 Request Timeout")
                     assert b"0.4 s" in answer
                     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
+            async with sent(live, b"") as (reader, _):
+                assert await asyncio.wait_for(reader.read(), 10) == b""
             streamed = await live.chunks(prompt=[5], max_tokens=500, ignore_eos=True)  # an answer may take longer
             assert len(streamed) == 500
 
