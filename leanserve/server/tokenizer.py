@@ -31,9 +31,11 @@ class Tokenizer:
         special = [re.escape(token.content) for token in self._added.values() if token.special and token.content]
         self._special = re.compile("|".join(special)) if special else None
         self._is_byte_level = "ByteLevel" in repr(backend.decoder)
-        self._text_of = lru_cache(maxsize=_TEXTS_KEPT)(
-            lambda token_id, skip: backend.decode([token_id], skip_special_tokens=skip)
-        )
+
+        def text_of(token_id: int, skip_special_tokens: bool) -> str:
+            return backend.decode([token_id], skip_special_tokens=skip_special_tokens)
+
+        self._text_of = lru_cache(maxsize=_TEXTS_KEPT)(text_of)
 
     @classmethod
     def from_dir(cls, model_dir: str | Path) -> "Tokenizer | None":
