@@ -114,15 +114,20 @@ def recovery(
 def frontend(
     streams: Annotated[int, typer.Option(metavar="N", min=1, help="Streams at once.")] = 64,
     tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each stream.")] = 500,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", file_okay=False, help="Write frontend.json here.")] = None,
 ) -> None:
     """What HTTP costs: chunks a second, the idle time to a first chunk, and long prompts; no model is computed.
 
     The chunk rate stands beside that of a bare StreamingResponse, which yields
     ready bytes to the same number of streams in the same run, in turn.
     """
-    from leanserve.bench.frontend import print_frontend_figures, run_frontend_bench
+    from leanserve.bench.frontend import print_frontend_figures, run_frontend_bench, write_frontend_figures
 
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     figures = run_frontend_bench(streams, tokens, Console(stderr=True))
+    if out is not None:
+        write_frontend_figures(figures, out)
     print_frontend_figures(figures, Console())
 
 

@@ -16,15 +16,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from leanserve.bench.frontend_server import LONGEST_HOLD_PATH
+from leanserve.bench.machine import Machine, describe_machine, load_average
 from leanserve.contracts.errors import EngineError
 
-__all__ = ["FrontendFigures", "print_frontend_figures", "run_frontend_bench"]
+__all__ = ["FrontendFigures", "print_frontend_figures", "run_frontend_bench", "write_frontend_figures"]
 
 _FIRST_CHUNKS = 50
 _LONG_IDS = 1_000_000
@@ -32,11 +34,14 @@ _LONG_TEXT_BYTES = 4 << 20
 _REPEATS = 3
 
 
-@dataclass(frozen=True)
-class FrontendFigures:
+class FrontendFigures(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured, best of three where it is a time or a rate."""
 
+    machine: Machine
+    load_average_after: float
     streams: int
+    tokens: int
+    """Of each stream."""
     chunks_per_s: float
     bare_chunks_per_s: float
     """A StreamingResponse that yields ready bytes, same server, same streams."""
@@ -61,10 +66,15 @@ def run_frontend_bench(streams: int, tokens: int, console: Console) -> FrontendF
     Raises:
         EngineError: a process of the benchmark did not start or ended.
     """
+    machine = describe_machine()
     with tempfile.TemporaryDirectory(prefix="ls-") as directory:
         address = f"ipc://{directory}/engine"
         rates: dict[str, float] = {"bare": 0.0, "leanserve": 0.0}
-        with _server("bare", address, tokens) as bare, _engine(address), _server("leanserve", address, tokens) as ours:
+        with (
+            _server("bare", address, tokens) as bare,
+            _engine(address, streams),
+            _server("leanserve", address, tokens) as ours,
+        ):
             for _ in range(_REPEATS):  # in turn, so that what else the machine does falls on both
                 for kind, port in (("bare", bare), ("leanserve", ours)):
                     console.print(f"{streams} streams, {kind}", style="dim")
@@ -78,7 +88,10 @@ def run_frontend_bench(streams: int, tokens: int, console: Console) -> FrontendF
             million = asyncio.run(_long(ours, json.dumps(ids).encode()))
             long_text = asyncio.run(_long(ours, json.dumps({**text, "max_tokens": 1}, ensure_ascii=False).encode()))
     return FrontendFigures(
+        machine=machine,
+        load_average_after=load_average(),
         streams=streams,
+        tokens=tokens,
         chunks_per_s=rates["leanserve"],
         bare_chunks_per_s=rates["bare"],
         first_chunk_ms=statistics.median(first) * 1000,
@@ -105,6 +118,11 @@ def print_frontend_figures(figures: FrontendFigures, console: Console) -> None:
     console.print(table)
 
 
+def write_frontend_figures(figures: FrontendFigures, folder: Path) -> None:
+    """Write frontend.json into `folder`."""
+    (folder / "frontend.json").write_bytes(msgspec.json.format(msgspec.json.encode(figures), indent=1) + b"\n")
+
+
 @contextmanager
 def _child(*arguments: str) -> "Iterator[subprocess.Popen[str]]":
     command = [sys.executable, "-m", *arguments]
@@ -129,8 +147,8 @@ def _server(kind: str, address: str, tokens: int) -> Iterator[int]:
 
 
 @contextmanager
-def _engine(address: str) -> Iterator[None]:
-    with _child("leanserve.bench.frontend_engine", address):
+def _engine(address: str, streams: int) -> Iterator[None]:
+    with _child("leanserve.bench.frontend_engine", address, str(streams)):
         yield
 
 

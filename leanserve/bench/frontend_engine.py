@@ -1,6 +1,8 @@
 """An engine that costs nothing: every request gets a token each step, and steps follow one another at once.
 
-`python -m leanserve.bench.frontend_engine ADDRESS`; it ends with its standard input.
+`python -m leanserve.bench.frontend_engine ADDRESS STREAMS`; it ends with its standard input. Requests for more than one
+token begin when STREAMS of them are there: else the first would be over before the second has come, and what is meant
+to be many streams would be one after the other.
 """
 
 import sys
@@ -45,17 +47,24 @@ def main() -> None:
     threading.Thread(target=lambda: (sys.stdin.read(), _exit(0)), daemon=True).start()
     socket = zmq.Context().socket(zmq.DEALER)
     socket.set_hwm(0)
-    socket.connect(sys.argv[1])
+    address, streams = sys.argv[1], int(sys.argv[2])
+    socket.connect(address)
     socket.send(encode(EngineReady(_info())))
     left: dict[str, int] = {}
+    gathering: dict[str, int] = {}
     step = 0
     while True:
         while socket.poll(0 if left else None):
             match decode_to_engine(socket.recv()):
                 case Submit() as request:
-                    left[request.request_id] = request.sampling.max_tokens
+                    num_tokens = request.sampling.max_tokens
+                    (left if num_tokens == 1 else gathering)[request.request_id] = num_tokens
+                    if len(gathering) == streams:
+                        left |= gathering
+                        gathering.clear()
                 case Abort(request_id=request_id):
                     left.pop(request_id, None)
+                    gathering.pop(request_id, None)
                 case _:
                     pass
         step += 1

@@ -109,7 +109,9 @@ WeightsOption = Annotated[
         rich_help_panel=RANKS,
     ),
 ]
-PageTokens = Annotated[int, typer.Option(help="Tokens per KV page: 16, 32, 64, 128 or 256.", rich_help_panel=MEMORY)]
+PageTokens = Annotated[
+    int, typer.Option(metavar="N", help="Tokens per KV page: 16, 32, 64, 128 or 256.", rich_help_panel=MEMORY)
+]
 MaxContext = Annotated[
     str,
     typer.Option(
@@ -141,7 +143,7 @@ MaxBatchTokens = Annotated[
         rich_help_panel=MEMORY,
     ),
 ]
-MaxSequences = Annotated[int, typer.Option(help="Sequences that run at once.", rich_help_panel=MEMORY)]
+MaxSequences = Annotated[int, typer.Option(metavar="N", help="Sequences that run at once.", rich_help_panel=MEMORY)]
 LongPrefillTokens = Annotated[
     str,
     typer.Option(

@@ -75,12 +75,13 @@ def serve(
             dir_okay=False,
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=HTTP)] = "127.0.0.1",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="To listen on.", rich_help_panel=HTTP)] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(metavar="N", min=0, max=65535, help="0 takes a free one.", rich_help_panel=HTTP)
     ] = 8000,
     served_model_name: Annotated[
-        str | None, typer.Option(help="The name clients use. Default: as given.", rich_help_panel=HTTP)
+        str | None,
+        typer.Option(metavar="NAME", help="What clients call the model. Default: as given.", rich_help_panel=HTTP),
     ] = None,
     api_key: Annotated[
         list[str] | None,
@@ -174,7 +175,10 @@ def serve(
         ),
     ] = 120.0,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="Of the ranks, within ten minutes; then give up.", rich_help_panel=FAILURES)
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Of the ranks, within ten minutes; then give up.", rich_help_panel=FAILURES
+        ),
     ] = 5,
     resume: Annotated[
         bool,
@@ -198,9 +202,9 @@ def serve(
         float | None,
         typer.Option(metavar="SECONDS", help="Stop a request that has not ended.", rich_help_panel=LIMITS),
     ] = None,
-    nnodes: Annotated[int, typer.Option(help="Machines that take part.", rich_help_panel=NODES)] = 1,
+    nnodes: Annotated[int, typer.Option(metavar="N", help="Machines that take part.", rich_help_panel=NODES)] = 1,
     node_rank: Annotated[
-        int, typer.Option(help="This machine among them; 0 has the HTTP port.", rich_help_panel=NODES)
+        int, typer.Option(metavar="N", help="This machine among them; 0 has the HTTP port.", rich_help_panel=NODES)
     ] = 0,
     rdzv_endpoint: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="On machine 0, where they meet.", rich_help_panel=NODES)

@@ -56,7 +56,10 @@ Out = Annotated[
 @loadtest_app.command()
 def run(
     url: Annotated[str, typer.Argument(metavar="URL", help="Such as http://127.0.0.1:8000.")],
-    requests: Requests = 40,
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="How many. Default: 40, or all of --trace.", rich_help_panel=LOAD),
+    ] = None,
     prompt_tokens: PromptTokens = "512",
     output_tokens: OutputTokens = "64",
     concurrency: Annotated[
@@ -143,6 +146,23 @@ def run(
     LENGTHS: 512 | 512-4k | 512,2k,16k | 95%:512,5%:128k | lognormal:2k:0.8
     (median, sigma). Commands of their own: compare A B; scaling --ranks 1,2,4.
     """
+    if trace is not None:
+        _refuse_beside_trace(
+            {
+                "--rate": rate is not None,
+                "--concurrency": concurrency is not None,
+                "--sweep": sweep is not None,
+                "--prompts text": prompts == "text",
+                "--endpoint chat": endpoint == "chat",
+                "--needles": needles > 0,
+                "--shared-prefix-tokens": shared_prefix_tokens != "0",
+                "--turns": turns > 1,
+                "--cancel": cancel > 0,
+                "--slow-readers": slow_readers > 0,
+            }
+        )
+    elif requests is None:
+        requests = 40
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
     del settings["api_key"]
     from leanserve.loadtest.lengths import Lengths, parse_tokens
@@ -162,7 +182,7 @@ def run(
         limit_tokens=parse_tokens(max_context_tokens, "--max-context-tokens") if max_context_tokens else None,
         fields=_fields(extra_body),
         workload=WorkloadOptions(
-            requests=requests,
+            requests=1 if requests is None else requests,  # a trace has its own number
             prompt_tokens=Lengths(prompt_tokens),
             output_tokens=Lengths(output_tokens, "--output-tokens"),
             seed=seed,
@@ -176,6 +196,7 @@ def run(
             slow_share=slow_readers,
         ),
         trace=trace,
+        trace_requests=requests,
         arrivals=_arrivals(rate if rate is not None else swept_rate, concurrency, arrival, burstiness, ramp_to),
         sweep=loads,
         slo=Slo.parse(slo) if slo is not None else Slo(),
@@ -271,6 +292,12 @@ def scaling(
     print_scaling(result, Console())
     if out is not None:
         write_scaling(result, out)
+
+
+def _refuse_beside_trace(given: dict[str, bool]) -> None:
+    wrong = [option for option, is_given in given.items() if is_given]
+    if wrong:
+        raise ConfigError(f"--trace says when requests come and how long they are; leave out {', '.join(wrong)}")
 
 
 def _tokens_or_zero(text: str, option: str) -> int:

@@ -87,7 +87,9 @@ def _cards(report: Report) -> str:
         ("", duration(measures.ttft_ms.p50), f"to first token, median; p99 {duration(measures.ttft_ms.p99)}"),
         ("", duration(measures.tpot_ms.p50), f"per output token, median; p99 {duration(measures.tpot_ms.p99)}"),
         ("", f"{measures.output_tokens_per_s:,.3g}/s", f"output tokens; {measures.input_tokens_per_s:,.0f}/s input"),
-        ("", f"{measures.goodput_rps:.3g}/s", f"goodput{', ' + slo if slo else ': no SLO given'}"),
+        ("", f"{measures.goodput_rps:.3g}/s", f"goodput, {slo}")
+        if slo
+        else ("", f"{measures.requests_per_s:.3g}/s", "requests; --slo makes it goodput"),
     ]
     if (stall := measures.longest_stall) is not None:
         cards.append(("", duration(stall.gap_ms), "longest stall of a stream behind another's prefill"))

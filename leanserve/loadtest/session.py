@@ -45,7 +45,9 @@ class LoadTest:
     """Merged into every request."""
     workload: WorkloadOptions = field(default_factory=WorkloadOptions)
     trace: Path | None = None
-    """Lengths and times come from this file; `workload` then gives only the seed, the ids and the most requests."""
+    """Lengths and times come from this file; `workload` then gives only the seed and the ids."""
+    trace_requests: int | None = None
+    """So many of the trace's requests at most; None: all."""
     arrivals: OpenLoop | ClosedLoop = field(default_factory=lambda: ClosedLoop(4))
     sweep: tuple[LoadKind, tuple[float, ...]] | None = None
     slo: Slo = field(default_factory=Slo)
@@ -116,7 +118,7 @@ async def run_test(test: LoadTest, display: Display) -> Finished:
             url=address.url,
             model=target.model,
             limit_tokens=target.limit_tokens,
-            arrivals=f"trace {test.trace.name}" if test.trace is not None else workload.arrivals.describe(),
+            arrivals=_described(test, workload),
             version=__version__,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             settings=test.settings,
@@ -138,6 +140,11 @@ async def run_test(test: LoadTest, display: Display) -> Finished:
         sweep=sweep,
     )
     return Finished(report, result.records, result.server)
+
+
+def _described(test: LoadTest, workload: Workload) -> str:
+    """When requests start, in words."""
+    return f"trace {test.trace.name}" if test.trace is not None else workload.arrivals.describe()
 
 
 def _shares_prompts(test: LoadTest) -> bool:
@@ -162,7 +169,7 @@ async def _run_once(
     options = test.workload
     display.stage("writing prompts")
     if test.trace is not None:
-        conversations = read_trace(test.trace, options.seed, options.ids, limit=options.requests)
+        conversations = read_trace(test.trace, options.seed, options.ids, limit=test.trace_requests)
         workload = Workload(conversations, OpenLoop(1.0))
     else:
         workload = write_workload(options, test.arrivals, lambda index: display.stage(f"writing prompt {index + 1}"))
@@ -173,7 +180,7 @@ async def _run_once(
         warmup = write_workload(plain, ClosedLoop(test.warmup))
         await run_workload(target, warmup, Live(test.warmup), timeout_s=test.timeout_s, interrupt=interrupt)
     live = Live(workload.requests)
-    async with display.following(live, workload.arrivals.describe()):
+    async with display.following(live, _described(test, workload)):
         result = await run_workload(target, workload, live, timeout_s=test.timeout_s, interrupt=interrupt)
     if not result.records:
         raise ConfigError("interrupted before the first request had ended: there is nothing to report")

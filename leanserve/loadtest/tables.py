@@ -45,7 +45,7 @@ def print_report(report: Report, console: Console) -> None:
     facts.add_column(overflow="fold")
     facts.add_column(style="dim", overflow="fold")
     for name, value, formula in facts_of(report):
-        facts.add_row(name, escape(value), formula)
+        facts.add_row(name, escape(value), escape(formula))
     console.print(facts)
     if report.sweep is not None:
         _print_sweep(report.sweep, console)
@@ -72,7 +72,9 @@ def facts_of(report: Report) -> list[tuple[str, str, str]]:
         ("requests", f"{measures.requests_per_s:.3g}/s", FORMULAS["requests_per_s"]),
         (
             "goodput",
-            f"{measures.goodput_rps:.3g}/s, {measures.slo_share:.1%} within SLO: {report.slo}",
+            f"{measures.goodput_rps:.3g}/s, {measures.slo_share:.1%} within SLO: {report.slo}"
+            if report.slo != "none"
+            else "give an SLO",
             FORMULAS["goodput_rps"],
         ),
         (

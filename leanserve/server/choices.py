@@ -1,7 +1,8 @@
 """From tokens to the pieces of a choice: what every generation route has in common. Knows no route's JSON."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.messages import TokenOutput
@@ -14,9 +15,8 @@ from leanserve.server.tokenizer import Tokenizer
 __all__ = ["Choice", "Piece", "make_choices"]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one token adds to a choice."""
+class Piece(msgspec.Struct, frozen=True):
+    """What one token adds to a choice. One is made for every token; a frozen dataclass takes a microsecond more."""
 
     index: int
     text: str

@@ -59,8 +59,12 @@ class Completion(Answer):
         self._by_index = {choice.index: choice for choice in self.choices.values()}
 
     def pieces(self, choice: Choice, output: TokenOutput) -> Iterator[Piece]:
-        for piece in super().pieces(choice, output):
-            if self._echoes and piece.index not in self._echoed:
+        pieces = super().pieces(choice, output)
+        return self._after_the_prompt(choice, pieces) if self._echoes else pieces
+
+    def _after_the_prompt(self, choice: Choice, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            if piece.index not in self._echoed:
                 self._echoed.add(piece.index)
                 text = choice.prompt.text or ""
                 if not self._generates:

@@ -85,6 +85,8 @@ class TextStream:
         return tail
 
     def _decode(self, token_ids: list[int]) -> str:
+        if len(token_ids) == 1:
+            return self._tokenizer.decode_one(token_ids[0], skip_special_tokens=self._skip_special_tokens)
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
     def _advance(self, token_id: int) -> str:

@@ -119,8 +119,8 @@ def error_reply(error: Exception) -> ErrorReply:
 
 
 def plain_reply(status: int, detail: str, headers: dict[str, str] | None = None) -> ErrorReply:
-    """An error of the router: 404 for a path, 405 for a method."""
-    code = {404: "not_found", 405: "method_not_allowed"}.get(status)
+    """An error of the router (404 for a path, 405 for a method) or of HTTP itself (400, 408)."""
+    code = {404: "not_found", 405: "method_not_allowed", 408: "timeout"}.get(status)
     kind = "invalid_request_error" if status < 500 else "server_error"
     return ErrorReply(status, detail, kind, code=code, headers=headers or {})
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import socket
 from collections.abc import Generator
+from http import HTTPStatus
 
 import h11
 import orjson
@@ -91,9 +92,13 @@ async def serve_http(
         grace_s: after so long, requests still live get an error. A few seconds later this returns, whatever clients do.
     """
     serving: Serving = app.state.serving
+
+    class Protocol(_Protocol):
+        head_timeout_s = serving.settings.body_timeout_s
+
     config = uvicorn.Config(
         app,
-        http=_Protocol,
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -127,18 +132,57 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Answers what is not HTTP with our error object too."""
+    """Answers what is not HTTP with our error object too, and does not wait for ever for the head of a request."""
+
+    head_timeout_s: float
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_deadline: asyncio.TimerHandle | None = None
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._cancel_deadline()
+        elif self._head_deadline is None:  # a later request's first bytes
+            self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_deadline()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._head_deadline = self.loop.call_later(self.head_timeout_s, self._head_is_late)
+
+    def _cancel_deadline(self) -> None:
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
+
+    def _head_is_late(self) -> None:
+        waiting, _ = self.conn.trailing_data
+        if not waiting:  # opened ahead of need: an answer to nothing would be taken for the next request's
+            self.transport.close()
+            return
+        self._refuse(408, f"the head of the request had not arrived after {self.head_timeout_s:g} s")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Clients that offer HTTP/2 or WebSocket are served without; that is worth no line in the log."""
 
     def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, message: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = orjson.dumps(plain_reply(400, msg).body())
+            body = orjson.dumps(plain_reply(status, message).body())
             headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),
                 ("connection", "close"),
             ]
             for event in (
-                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode()),
                 h11.Data(data=body),
                 h11.EndOfMessage(),
             ):

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from leanserve.contracts.errors import RequestError
 from leanserve.server.errors import BodyTooLargeError, DeadlineError, ErrorReply, error_reply
 from leanserve.server.logs import RefusalLog, log_access, log_internal_error, printable
 from leanserve.server.metrics import HttpCounts
@@ -123,7 +124,7 @@ class ClientLeft(ClientDisconnect):
 
 
 class BodyLimit:
-    """Refuses bodies that are too long, declared or chunked, or too slow, before they are kept."""
+    """Refuses bodies that are too long, declared or chunked, too slow, or of two lengths, before they are kept."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
@@ -134,7 +135,12 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may take it for another request
+            ambiguous = RequestError("Content-Length and Transfer-Encoding are both given; send one of them")
+            await refuse_unread(error_reply(ambiguous), scope, receive, send)
+            return
+        declared = headers.get("content-length", "0")
         if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._max_bytes):
             await refuse_unread(error_reply(BodyTooLargeError(self._max_bytes)), scope, receive, send)
             return

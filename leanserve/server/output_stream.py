@@ -60,6 +60,11 @@ class OutputStream:
         """Nothing is left to read."""
         return not self._queue and not self._live and self._error is None
 
+    @property
+    def has_unread(self) -> bool:
+        """`next` would return an output at once."""
+        return bool(self._queue)
+
     def submit(self, request_id: str, prompt_token_ids: bytes, sampling: SamplingParams) -> None:
         """Hand a request to the engine.
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -21,6 +23,8 @@ from leanserve.server.serving import Serving
 
 __all__ = ["build_router"]
 
+_Endpoint = Callable[..., Awaitable[Response]]
+
 
 def build_router(serving: Serving) -> APIRouter:
     """All routes of one model."""
@@ -30,6 +34,16 @@ def build_router(serving: Serving) -> APIRouter:
             "5XX": {"model": ErrorBody, "description": "The server cannot answer, now or at all."},
         }
     )
+
+    def get(path: str, **options: Any) -> Callable[[_Endpoint], _Endpoint]:
+        """A route for GET, and for HEAD, which monitors and load balancers send."""
+
+        def add(endpoint: _Endpoint) -> _Endpoint:
+            router.add_api_route(path, endpoint, methods=["GET"], **options)
+            router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+            return endpoint
+
+        return add
 
     @router.post("/v1/completions", openapi_extra={"requestBody": CompletionRequest.openapi()})
     async def completions(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
@@ -71,18 +85,18 @@ def build_router(serving: Serving) -> APIRouter:
         text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
         return json_response({"prompt": text})
 
-    @router.get("/v1/models")
+    @get("/v1/models")
     async def models() -> Response:  # pyright: ignore[reportUnusedFunction]
         return json_response(
             {"object": "list", "data": [_model_card(serving, name) for name in serving.settings.model_names]}
         )
 
-    @router.get("/v1/models/{model_id:path}")
+    @get("/v1/models/{model_id:path}")
     async def model(model_id: str) -> Response:  # pyright: ignore[reportUnusedFunction]
         serving.check_model(model_id)
         return json_response(_model_card(serving, model_id))
 
-    @router.get("/health")
+    @get("/health")
     async def health() -> Response:  # pyright: ignore[reportUnusedFunction]
         client, engine = serving.client, serving.client.engine
         if engine.state == "failed":
@@ -103,24 +117,24 @@ def build_router(serving: Serving) -> APIRouter:
             }
         )
 
-    @router.get("/ready")
+    @get("/ready")
     async def ready() -> Response:  # pyright: ignore[reportUnusedFunction]
         serving.check_serving()
         return json_response({"status": "ready"})
 
-    @router.get("/metrics")
+    @get("/metrics")
     async def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
         return Response(serving.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @router.get("/", include_in_schema=False)
+    @get("/", include_in_schema=False)
     async def page() -> Response:  # pyright: ignore[reportUnusedFunction]
         return serving.page.response()
 
-    @router.get("/ping")
+    @get("/ping")
     async def ping() -> Response:  # pyright: ignore[reportUnusedFunction]
         return json_response({})
 
-    @router.get("/version")
+    @get("/version")
     async def version() -> Response:  # pyright: ignore[reportUnusedFunction]
         return json_response({"version": __version__})
 

@@ -18,7 +18,7 @@ class ServerSettings:
     max_body_bytes: int = 16 << 20
     """Longest request body. A million token ids take about 7 MB."""
     body_timeout_s: float = 60.0
-    """A request whose body has not arrived by then is answered 408."""
+    """A request whose head has not arrived by then, or whose body so long after its head, is answered 408."""
     max_prompts: int = 128
     """Prompts in one request."""
     max_prompt_logprobs: int = 4_000_000

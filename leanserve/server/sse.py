@@ -19,6 +19,7 @@ from leanserve.server.request_facts import RequestFacts, facts_of
 __all__ = ["EventStream"]
 
 _KEEP_ALIVE = b": keep-alive\n\n"
+_FRAMES_AT_ONCE = 16
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -69,14 +70,24 @@ def _frame(content: dict[str, object]) -> bytes:
 
 
 async def _events(answer: Answer, outputs: OutputStream, keep_alive_s: float) -> AsyncIterator[bytes]:
-    """One frame for each token, then the usage if asked for; a comment after each `keep_alive_s` of silence."""
+    """One frame for each token, then the usage if asked for; a comment after each `keep_alive_s` of silence.
+
+    Frames of tokens that are here together (of several choices, or because this process is behind) leave together: a
+    write costs more than a frame.
+    """
+    frames: list[bytes] = []
     async for piece in answer.read(outputs, keep_alive_s):
         if piece is None:
-            yield _comment(answer, outputs)
+            frames.append(_comment(answer, outputs))
         elif piece.is_prompt:  # it may be long
-            yield _frame(await asyncio.to_thread(answer.chunk, piece))
+            frames.append(_frame(await asyncio.to_thread(answer.chunk, piece)))
         else:
-            yield _frame(answer.chunk(piece))
+            frames.append(_frame(answer.chunk(piece)))
+        if not outputs.has_unread or len(frames) == _FRAMES_AT_ONCE:
+            yield b"".join(frames)
+            frames.clear()
+    if frames:  # what was unread came after a stop string, and was dropped
+        yield b"".join(frames)
     if answer.includes_usage:
         yield _frame(answer.usage_chunk())
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from leanserve.server.tokenizer_files import read_tokenizer_file
 
 __all__ = ["Tokenizer"]
 
+_TEXTS_KEPT = 1 << 16
 _NAMED_SPECIAL_TOKENS = re.compile(r"[a-z0-9_]+_token")
 
 
@@ -29,6 +31,11 @@ class Tokenizer:
         special = [re.escape(token.content) for token in self._added.values() if token.special and token.content]
         self._special = re.compile("|".join(special)) if special else None
         self._is_byte_level = "ByteLevel" in repr(backend.decoder)
+
+        def text_of(token_id: int, skip_special_tokens: bool) -> str:
+            return backend.decode([token_id], skip_special_tokens=skip_special_tokens)
+
+        self._text_of = lru_cache(maxsize=_TEXTS_KEPT)(text_of)
 
     @classmethod
     def from_dir(cls, model_dir: str | Path) -> "Tokenizer | None":
@@ -65,6 +72,10 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; ids without a token are skipped."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_one(self, token_id: int, *, skip_special_tokens: bool = True) -> str:
+        """`decode` of one token, remembered: streams ask for the same ones again and again."""
+        return self._text_of(token_id, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text, as bytes: it may be a part of a character. Empty for an id without a token."""

@@ -1,15 +1,20 @@
-"""The real `openai` client, synchronous and asynchronous, against real servers on one rank and on two."""
+"""Real clients against real servers on one rank and on two: `openai`, synchronous and asynchronous, and LangChain."""
 
 import asyncio
+import functools
 import json
+import operator
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
 import pytest
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel, Field, SecretStr
 
 from leanserve.bundled import bundled_model_dir
 from live_server import LiveServer, live_server
@@ -46,6 +51,13 @@ def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
     arguments = ("--config", str(directory / "config.yaml"), "--api-key-file", str(directory / "keys"))
     with live_server(str(model_dir), *arguments, "--device", "cpu", log=directory / "log") as live:
         yield live
+
+
+class Locker(BaseModel):
+    """A locker to open."""
+
+    number: Annotated[int, Field(ge=1, le=9999)]
+    side: Literal["a", "b"]
 
 
 def client(server: LiveServer) -> openai.OpenAI:
@@ -112,6 +124,35 @@ def test_a_call_is_made_when_it_must_be(server: LiveServer) -> None:
             with ask.chat.completions.stream(model="brass", messages=said, parallel_tool_calls=False, **body) as stream:
                 final = stream.get_final_completion().choices[0].message.tool_calls or []
             assert [c.function.arguments for c in final] == [call.function.arguments]  # type: ignore[union-attr]
+
+
+def test_langchain(server: LiveServer) -> None:
+    def chat(max_tokens: int) -> ChatOpenAI:
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "max_retries": 0, "stream_usage": True}
+        return ChatOpenAI(model="brass", base_url=f"{server.url}/v1", api_key=SecretStr(KEY), **options)
+
+    answer = chat(12).invoke(FACT)
+    assert "4821" in answer.text
+    assert answer.response_metadata["finish_reason"] == "stop"
+    chunks = list(chat(12).stream(FACT))
+    whole = functools.reduce(operator.add, chunks)
+    assert isinstance(whole, AIMessageChunk)
+    assert whole.text == answer.text
+    assert len([chunk for chunk in chunks if chunk.text]) > 3
+    assert (whole.usage_metadata or {})["total_tokens"] == (answer.usage_metadata or {})["total_tokens"]
+    assert [message.text for message in chat(12).batch([FACT] * 3)] == [answer.text] * 3
+    assert [message.text for message in asyncio.run(chat(12).abatch([FACT] * 2))] == [answer.text] * 2
+
+    found = chat(400).with_structured_output(Locker, method="json_schema").invoke(FACT)
+    assert isinstance(found, Locker)
+
+    must_call = chat(200).bind_tools([TOOL], tool_choice="open_locker", parallel_tool_calls=False)
+    [call] = must_call.invoke(FACT).tool_calls
+    Locker.model_validate(call["args"])
+    streamed = functools.reduce(operator.add, must_call.stream(FACT))
+    assert [other["args"] for other in streamed.tool_calls] == [call["args"]]
+    said = [HumanMessage(FACT), AIMessage("", tool_calls=[call]), ToolMessage("open", tool_call_id=call["id"])]
+    assert chat(4).bind_tools([TOOL]).invoke(said).response_metadata["finish_reason"] in ("stop", "length")
 
 
 def test_errors_are_the_clients_own(server: LiveServer) -> None:

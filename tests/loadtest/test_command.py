@@ -106,6 +106,23 @@ def _not_a_summary(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_trace_is_run_whole_and_by_itself(tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    line = {"prompt_tokens": 30, "output_tokens": 2}
+    trace.write_text("".join(json.dumps({"timestamp_s": at * 0.01, **line}) + "\n" for at in range(50)))
+    with known_server(tmp_path, ttft_ms=5, gap_ms=1) as server:
+        done = loadtest(server.url, "--trace", str(trace), "--repeat", "0", "--out", str(tmp_path / "out"))
+        assert done.returncode == 0, done.stderr
+        assert "trace trace.jsonl" in done.stdout
+        part = loadtest(server.url, "--trace", str(trace), "--repeat", "0", "--requests", "3")
+        assert "3 of 3" in part.stdout
+    found = summary_in(tmp_path / "out")
+    assert (found["requests"], found["input_tokens"], found["output_tokens"]) == (50, 1500, 100)
+    assert found["duration_s"] >= 0.49
+    refused = loadtest("http://127.0.0.1:9", "--trace", str(trace), "--rate", "3", "--needles", "0.5")
+    assert "leave out --rate, --needles" in refused.stderr
+
+
 def test_a_sweep_finds_the_highest_load_within_the_slo(tmp_path):
     out = tmp_path / "out"
     with known_server(tmp_path, ttft_ms=30, gap_ms=2) as server:

@@ -102,6 +102,10 @@ class EchoEngine:
         self._socket.connect(address)
         self._tasks: list[asyncio.Task[None]] = []
 
+    def disarm(self) -> None:
+        """From now on no token means trouble: random prompts begin with any."""
+        self.stall_token = self.error_token = self.deadly_token = -1
+
     async def load(self) -> None:
         await self._socket.send(encode(Loading("weights", 1, 2)))
 

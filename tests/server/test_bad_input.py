@@ -262,6 +262,7 @@ def test_fuzzed_types_never_break_the_server() -> None:
 
     async def scenario() -> None:
         async with live_server(TOKENIZER, step_s=0.001, info=LONG) as live:
+            live.engine.disarm()
             loop = asyncio.get_running_loop()
 
             @settings(max_examples=150, suppress_health_check=list(HealthCheck))

@@ -22,6 +22,8 @@ from server.echo_engine import engine_info
 from server.front_end import PATIENCE_S, Live, live_server, parse_events, run, until
 from server.small_tokenizers import byte_level
 
+SMUGGLED = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
+SMALL = b'{"prompt": [5], "max_tokens": 1}'
 ENDLESS: dict[str, Any] = {"prompt": [5, 6], "max_tokens": 4000, "stream": True}
 
 
@@ -52,6 +54,21 @@ def test_small_routes() -> None:
             wrong_method = await live.http.get("/v1/completions")
             assert is_error(wrong_method, 405, "method_not_allowed")
             assert wrong_method.headers["allow"] == "POST"
+            for path in (
+                "/health",
+                "/ready",
+                "/ping",
+                "/version",
+                "/metrics",
+                "/",
+                "/v1/models",
+                "/v1/models/org/echo",
+            ):
+                asked, told = await live.http.head(path), await live.http.get(path)
+                assert (asked.status_code, asked.content) == (200, b""), path
+                assert asked.headers["content-type"] == told.headers["content-type"]
+            assert (await live.http.head("/v1/models/other")).status_code == 404
+            assert (await live.http.head("/v1/completions")).status_code == 405
             described = (await live.http.get("/openapi.json")).json()
             operation = described["paths"]["/v1/completions"]["post"]
             schema = operation["requestBody"]["content"]["application/json"]["schema"]
@@ -295,8 +312,19 @@ def test_bodies_that_are_too_long_or_too_slow() -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello over TLS\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",
         POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+        POST + b"content-length: 2\r\ncontent-length: 44\r\n\r\n{}" + SMUGGLED,
+        POST + b"content-length: 44\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n" + SMUGGLED,
+        POST + b"content-length: +2\r\n\r\n{}" + SMUGGLED,
+        POST + b"transfer-encoding: xchunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n" + SMUGGLED,
+        POST + b"transfer-encoding : chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n" + SMUGGLED,
+        POST + b"x: a\rcontent-length: 0\r\ncontent-length: 2\r\n\r\n{}" + SMUGGLED,
+        b"GET /health HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n" + SMUGGLED,
     ],
-    ids=["a long header", "many headers", "a long path", "tls", "no host", "a bad chunk"],
+    ids=[
+        *("a long header", "many headers", "a long path", "tls", "no host", "a bad chunk"),
+        *("two lengths", "a length and chunks", "a signed length", "an unknown coding", "a space before the colon"),
+        *("a bare CR", "two hosts"),
+    ],
 )
 def test_what_is_not_http_is_refused_in_our_words(data: bytes) -> None:
     async def scenario() -> None:
@@ -308,8 +336,56 @@ def test_what_is_not_http_is_refused_in_our_words(data: bytes) -> None:
                         answer = await reader.read()
             if len(data) < 200_000 or answer:
                 assert answer.startswith(b"HTTP/1.1 400 ")
+                assert answer.count(b"HTTP/1.1 ") == 1  # what came behind is not taken for a request
                 assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
             assert (await live.http.get("/health")).status_code == 200
+
+    run(scenario())
+
+
+def test_trailers_and_extensions_of_chunks_are_read_over() -> None:
+    async def scenario() -> None:
+        async with live_server(None) as live:
+            body = b"%x;name=value\r\n%s\r\n0\r\nauthorization: Bearer x\r\ncontent-length: 3\r\n\r\n"
+            chunked = POST + b"transfer-encoding: chunked\r\n\r\n" + body % (len(SMALL), SMALL)
+            async with sent(live, chunked + b"GET /ping HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n") as (
+                reader,
+                _,
+            ):
+                answers = await reader.read()
+            assert answers.count(b"HTTP/1.1 200 OK") == 2
+
+    run(scenario())
+
+
+def test_the_head_of_a_request_may_not_take_for_ever() -> None:
+    """The first on a connection, and a later one; bytes that trickle in win no time."""
+
+    async def trickle(writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"a: b\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+    async def scenario() -> None:
+        async with live_server(None, settings={"body_timeout_s": 0.4}) as live:
+            for before in (b"", b"GET /ping HTTP/1.1\r\nhost: x\r\n\r\n"):
+                async with sent(live, before) as (reader, writer):
+                    if before:
+                        assert b" 200 " in await reader.readline()
+                        await reader.readuntil(b"{}")
+                    writer.write(b"GET /ping HTTP/1.1\r\n")
+                    slow = asyncio.create_task(trickle(writer))
+                    answer = await asyncio.wait_for(reader.read(), 10)
+                    slow.cancel()
+                    assert answer.startswith(b"HTTP/1.1 408 Request Timeout")
+                    assert b"0.4 s" in answer
+                    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
+            async with sent(live, b"") as (reader, _):
+                assert await asyncio.wait_for(reader.read(), 10) == b""
+            streamed = await live.chunks(prompt=[5], max_tokens=500, ignore_eos=True)  # an answer may take longer
+            assert len(streamed) == 500
 
     run(scenario())
 

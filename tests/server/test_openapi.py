@@ -29,6 +29,7 @@ def server() -> Iterator[Live]:
 
     async def serve() -> None:
         async with live_server(Tokenizer(byte_level()), chat_template=HERMES, info=SHORT) as live:
+            live.engine.disarm()
             found.append(live)
             ready.set()
             await stop.wait()
