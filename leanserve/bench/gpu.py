@@ -1,4 +1,4 @@
-"""`bench gpu`: decode steps on one GPU, with CUDA graphs and without, and what must be the same either way."""
+"""`bench gpu`: decode steps on one GPU, with and without CUDA graphs and fused kernels, and what must be the same."""
 
 import gc
 import os
@@ -50,6 +50,21 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
+class _Mode:
+    """How a step is launched."""
+
+    eager: bool
+    fused: bool
+
+
+MODES = {
+    "graphs": _Mode(eager=False, fused=True),
+    "unfused": _Mode(eager=False, fused=False),
+    "eager": _Mode(eager=True, fused=True),
+}
+
+
+@dataclass(frozen=True)
 class _Bench:
     """What is measured, and where."""
 
@@ -60,7 +75,7 @@ class _Bench:
     architecture: Architecture
     folder: Path
 
-    def config(self, *, enforce_eager: bool) -> EngineConfig:
+    def config(self, mode: _Mode) -> EngineConfig:
         """Pools that hold the largest cell, steps that admit any cell at once."""
         pages = max(batch * (-(-(context + MAX_STEPS + 2) // PAGE_TOKENS)) for context, batch in self.cells)
         page_bytes = self.architecture.kv_bytes_per_token(self.dtype.itemsize) * PAGE_TOKENS
@@ -68,7 +83,8 @@ class _Bench:
             model_dir=str(self.model_dir),
             dtype="bfloat16" if self.dtype == torch.bfloat16 else "float32",
             device="cuda" if self.device.type == "cuda" else "cpu",
-            enforce_eager=enforce_eager,
+            enforce_eager=mode.eager,
+            fused_kernels=mode.fused,
             cache=CacheOptions(page_tokens=PAGE_TOKENS, kv_memory_bytes=pages * page_bytes),
             batch=BatchOptions(
                 max_batch_tokens=max(context * batch for context, batch in self.cells),
@@ -103,11 +119,11 @@ def run_gpu_bench(rank_counts: tuple[int, ...], console: Console, *, tiny: bool)
         checks: list[Check] = []
         figures: dict[str, list[StepFigures]] = {}
         capture_s = None
-        for mode in ("graphs", "eager"):
-            if mode == "eager" or device.type == "cuda":
-                console.print(f"decode, {mode}")
-                figures[mode], captured = _decode(bench, checks, enforce_eager=mode == "eager")
-                capture_s = captured or capture_s
+        for name, mode in MODES.items():
+            if mode.eager or device.type == "cuda":
+                console.print(f"decode, {name}")
+                figures[name], captured = _decode(bench, checks, mode)
+                capture_s = capture_s or captured
                 gc.collect()  # graphs and runner hold on to each other, and to the pool
                 torch.cuda.empty_cache()
     if rank_counts:
@@ -135,9 +151,9 @@ def run_gpu_bench(rank_counts: tuple[int, ...], console: Console, *, tiny: bool)
     )
 
 
-def _decode(bench: _Bench, checks: list[Check], *, enforce_eager: bool) -> tuple[list[StepFigures], float | None]:
+def _decode(bench: _Bench, checks: list[Check], mode: _Mode) -> tuple[list[StepFigures], float | None]:
     """Every cell on one loaded model, and the seconds that capturing took. Where there are graphs, they are checked."""
-    config = bench.config(enforce_eager=enforce_eager)
+    config = bench.config(mode)
     place = Place(rank=0, size=1, local_rank=0, local_size=1, agent_pid=os.getpid())
     began: list[float] = []
     loaded = load_rank(
@@ -155,7 +171,7 @@ def _decode(bench: _Bench, checks: list[Check], *, enforce_eager: bool) -> tuple
         for number, (context_tokens, batch) in enumerate(bench.cells):
             figures.append(_measure(engine, loaded, context_tokens, batch, seed=number))
             if loaded.runner.graphs is not None:
-                checks.append(_same_bits(loaded.runner, context_tokens, batch))
+                checks.append(_same_bits(loaded.runner, context_tokens, batch, mode))
             _end_all(engine, batch)
         sender.close()
     return figures, round(began[-1] - began[0], 1) if began else None
@@ -188,7 +204,7 @@ def _measure(engine: Engine, loaded: LoadedRank, context_tokens: int, batch: int
     )
 
 
-def _same_bits(runner: Runner, context_tokens: int, batch: int) -> Check:
+def _same_bits(runner: Runner, context_tokens: int, batch: int, mode: _Mode) -> Check:
     """The step that comes next, replayed and launched anew at the same size."""
     graphs = runner.graphs
     assert graphs is not None
@@ -199,7 +215,7 @@ def _same_bits(runner: Runner, context_tokens: int, batch: int) -> Check:
     assert replayed is not None
     different = int((eager[:batch] != replayed).sum())
     return Check(
-        f"replay equals eager bit for bit, {batch} x {context_tokens:,}",
+        f"replay equals eager bit for bit, {batch} x {context_tokens:,}{'' if mode.fused else ', unfused'}",
         passed=different == 0,
         seen=f"{different} of {replayed.numel():,} logits differ",
     )
