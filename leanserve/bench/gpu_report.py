@@ -38,8 +38,8 @@ class GpuCell(msgspec.Struct, frozen=True, kw_only=True):
     read_ms: float
     """The time to read them at the measured bandwidth."""
     figures: dict[str, StepFigures]
-    """By mode: `graphs` and `unfused`, where there are graphs, and `eager`. unfused: graphs with PyTorch's operators between a
-    layer's matrix products instead of one kernel for each operation."""
+    """By mode: `graphs` and `unfused`, where there are graphs, and `eager`. unfused: graphs with PyTorch's operators
+    between a layer's matrix products instead of one kernel for each operation."""
 
 
 class Check(msgspec.Struct, frozen=True):

@@ -1,8 +1,17 @@
-"""What lies between a layer's matrix products, in one launch each: `layers.LayerOps` as Triton kernels.
+"""What lies between a layer's matrix products, in one launch each: `layer_ops.LayerOps` as Triton kernels.
 
 At batch 1 a small model's decode step on a GPU takes as long as its kernels take to start, so what counts is how many
-there are. These are the functions of `layers` with the same rounding: whatever PyTorch rounds to the model's dtype
-between two of its operators is rounded here too, though it never leaves the registers.
+there are. Those of a layer, with its four products, and with attention on one rank (append, decode, cast):
+
+    Llama, Mistral, Qwen2       11, where PyTorch's operators make 16
+    Qwen3                       11, where they make 18 (19 for several tokens, whose heads it copies first)
+    SmolLM3 without rotation    10, where they make 13
+
+Appending keys and values to their pages stays a launch of attention's own: in one with the rotation it would save one
+more, but the model would have to know pages, or attention rotations.
+
+Rounding is that of `layers` on the CPU, and so transformers': what is rounded to the model's dtype between two
+operators there is rounded here too, though it never leaves the registers.
 
 Shapes: N tokens of a step, C width of the residual stream, H heads (of queries, then of keys), D head dim, J width of
 the MLP; R rows of a program (a row is one head of one token).
@@ -80,6 +89,16 @@ def _rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 @torch.library.custom_op("leanserve::add_rms_norm", mutates_args=("x_NC",))
 def _add_rms_norm(x_NC: Tensor, delta_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     return _launch_norm(x_NC, delta_NC, weight_C, eps)
+
+
+@_rms_norm.register_fake
+def _(x_NC, weight_C, eps):
+    return x_NC.new_empty(x_NC.shape)
+
+
+@_add_rms_norm.register_fake
+def _(x_NC, delta_NC, weight_C, eps):
+    return x_NC.new_empty(x_NC.shape)
 
 
 def rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -166,6 +185,11 @@ def _norm_and_rotate(
     )  # fmt: skip
 
 
+@_norm_and_rotate.register_fake
+def _(qk_NHD, weight_HD, eps, cos_N1D, sin_N1D):
+    return None
+
+
 def norm_and_rotate(qk_NHD: Tensor, weight_HD: Tensor | None, eps: float, table: RotaryTable | None) -> Tensor:
     """As `layers.norm_and_rotate`, in place."""
     cos_N1D, sin_N1D = (None, None) if table is None else (table.cos_N1D, table.sin_N1D)
@@ -210,6 +234,11 @@ def _swiglu(gate_up_NJ: Tensor) -> Tensor:
             **constants, num_warps=SWIGLU_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out_NJ
+
+
+@_swiglu.register_fake
+def _(gate_up_NJ):
+    return gate_up_NJ.new_empty((gate_up_NJ.shape[0], gate_up_NJ.shape[1] // 2))
 
 
 def swiglu(gate_up_NJ: Tensor) -> Tensor:

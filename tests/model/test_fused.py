@@ -1,4 +1,4 @@
-"""The kernels between a layer's products, beside PyTorch's functions of the same names: on a GPU, or on the CPU under
+"""The kernels between a layer's products, beside PyTorch's functions of the same names on the CPU: on a GPU, or under
 TRITON_INTERPRET=1 (tests/kernels/test_interpreted.py runs it so)."""
 
 import json
@@ -51,37 +51,39 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-    """Of sizes from 0.01 to 10, which is what norms are for."""
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """On the CPU, of sizes from 0.01 to 10, which is what norms are for."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * torch.logspace(-2, 1, shape[0]).view(-1, *[1] * (len(shape) - 1))
-    return x.to(device, dtype)
+    return x.to(dtype)
 
 
 def assert_rounds_alike(ours: Tensor, theirs: Tensor, size: Tensor | None = None) -> None:
-    """Fail unless every element is within 1e-6 in float32, and within a rounding in 16 bits.
+    """Fail unless every element is within 1e-6 in float32; in 16 bits, unless nearly all are the same bits and the
+    others next to them.
 
     Args:
+        theirs: on the CPU.
         size: what the differences are relative to; None: `theirs`, element by element.
     """
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     if ours.numel() == 0:
         return
+    interpreted, ours = ours.device.type == "cpu", ours.cpu()
     size = (theirs if size is None else size).double().abs().clamp(torch.finfo(theirs.dtype).tiny)
-    relative = (ours.double() - theirs.double()).abs() / size
-    worst = relative.max().item()
+    worst = ((ours.double() - theirs.double()).abs() / size).max().item()
     if theirs.dtype == torch.float32:
         assert worst <= 1e-6
         return
     precision = torch.finfo(theirs.dtype).eps
-    if theirs.dtype == torch.bfloat16 and theirs.device.type == "cpu":
+    if theirs.dtype == torch.bfloat16 and interpreted:
         # Triton's interpreter cuts bfloat16 off where a GPU rounds it, up to three times on the way, and so finds the
         # mean square too small. (float16 it rounds, and the kernels do not know one from the other.)
         assert worst <= 4 * precision
         return
-    assert worst <= precision
-    # Sums in another order reach the last bit of a norm now and then.
+    # A sum in another order may tip a value before its weight to the next number; few, and that is one rounding more.
+    assert worst <= 2 * precision
     assert (ours == theirs).float().mean() > 0.99 or (ours != theirs).sum() <= 1
 
 
@@ -89,37 +91,30 @@ def assert_rounds_alike(ours: Tensor, theirs: Tensor, size: Tensor | None = None
 @pytest.mark.parametrize("width", [1, 60, 576, 1025])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_norms(fused: ModuleType, device: torch.device, tokens: int, width: int, dtype: torch.dtype) -> None:
-    x_NC, delta_NC = (random(tokens, width, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
-    weight_C = random(1, width, dtype=dtype, device=device, seed=3)[0] * 50
-    before = x_NC.clone()
-    assert_rounds_alike(fused.rms_norm(x_NC, weight_C, EPS), layers.rms_norm(x_NC, weight_C, EPS))
-    assert torch.equal(x_NC, before)
-
-    theirs_NC = x_NC.clone()
-    expected = layers.add_rms_norm(theirs_NC, delta_NC, weight_C, EPS)
-    assert_rounds_alike(fused.add_rms_norm(x_NC, delta_NC, weight_C, EPS), expected)
-    assert_rounds_alike(x_NC, theirs_NC)
+    x_NC, delta_NC = (random(tokens, width, dtype=dtype, seed=seed) for seed in (1, 2))
+    weight_C = random(1, width, dtype=dtype, seed=3)[0] * 50
+    ours_NC, given_C = x_NC.to(device, copy=True), weight_C.to(device)
+    assert_rounds_alike(fused.rms_norm(ours_NC, given_C, EPS), layers.rms_norm(x_NC, weight_C, EPS))
+    assert torch.equal(ours_NC.cpu(), x_NC)
+    added_NC = fused.add_rms_norm(ours_NC, delta_NC.to(device), given_C, EPS)
+    assert_rounds_alike(added_NC, layers.add_rms_norm(x_NC, delta_NC, weight_C, EPS))
+    assert_rounds_alike(ours_NC, x_NC)
 
 
 def test_a_norm_reads_and_changes_views_alone(fused: ModuleType, device: torch.device) -> None:
     """The residual stream may be part of something, and what is added to it a transposed view."""
-    whole_NC = random(3, 100, dtype=torch.float32, device=device)
-    before = whole_NC.clone()
-    delta_NC = random(60, 3, dtype=torch.float32, device=device, seed=1).T
-    weight_C = torch.ones(60, device=device)
-    theirs_NC = whole_NC[:, 10:70].clone()
-    expected = layers.add_rms_norm(theirs_NC, delta_NC, weight_C, EPS)
-    assert_rounds_alike(fused.add_rms_norm(whole_NC[:, 10:70], delta_NC, weight_C, EPS), expected)
-    assert torch.equal(whole_NC[:, 10:70], theirs_NC)
-    assert torch.equal(whole_NC[:, :10], before[:, :10])
-    assert torch.equal(whole_NC[:, 70:], before[:, 70:])
+    whole_NC = random(3, 100, dtype=torch.float32)
+    delta_NC = random(60, 3, dtype=torch.float32, seed=1).T
+    weight_C = torch.ones(60)
+    ours_NC = whole_NC.to(device, copy=True)
+    added_NC = fused.add_rms_norm(ours_NC[:, 10:70], delta_NC.to(device), weight_C.to(device), EPS)
+    assert_rounds_alike(added_NC, layers.add_rms_norm(whole_NC[:, 10:70], delta_NC, weight_C, EPS))
+    assert torch.equal(ours_NC.cpu(), whole_NC), "what is beside the view included"
 
 
-def rotary_table(tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> RotaryTable:
-    rope = Rope(
-        RopeParameters(rope_type="default", rope_theta=1e4), head_dim=head_dim, max_positions=4096, device=device
-    )
-    return rope.table(torch.arange(tokens, device=device) * 37 + 5, None, dtype)
+def rotary_table(tokens: int, head_dim: int, dtype: torch.dtype) -> RotaryTable:
+    rope = Rope(RopeParameters(rope_type="default", rope_theta=1e4), head_dim=head_dim, max_positions=4096)
+    return rope.table(torch.arange(tokens) * 37 + 5, None, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -132,20 +127,27 @@ def test_heads(
     fused: ModuleType, device: torch.device, normed: bool, rotated: bool, tokens: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     heads, kv_heads = 5, 2
-    qkv_NHD = random(tokens, heads + kv_heads, head_dim, dtype=dtype, device=device)
-    weight_HD = random(heads, head_dim, dtype=dtype, device=device, seed=1) if normed else None
-    table = rotary_table(tokens, head_dim, dtype, device) if rotated else None
-    before = qkv_NHD.clone()
-    expected = layers.norm_and_rotate(before[:, :heads], weight_HD, EPS, table)
-    ours = fused.norm_and_rotate(qkv_NHD[:, :heads], weight_HD, EPS, table)
-    # What a rotation adds up may cancel: its errors are those of the larger part.
-    halves = torch.stack(expected.chunk(2, dim=-1)).abs().amax(0) if rotated else None
-    assert_rounds_alike(ours, expected, None if halves is None else torch.cat([halves, halves], -1) * math.sqrt(2))
-    assert torch.equal(qkv_NHD[:, heads:], before[:, heads:]), "values stay"
+    qkv_NHD = random(tokens, heads + kv_heads, head_dim, dtype=dtype)
+    weight_HD = random(heads, head_dim, dtype=dtype, seed=1) if normed else None
+    table = rotary_table(tokens, head_dim, dtype) if rotated else None
+    ours_NHD = qkv_NHD.to(device, copy=True)
+    ours = fused.norm_and_rotate(
+        ours_NHD[:, :heads],
+        None if weight_HD is None else weight_HD.to(device),
+        EPS,
+        None if table is None else RotaryTable(table.cos_N1D.to(device), table.sin_N1D.to(device)),
+    )
+    expected = layers.norm_and_rotate(qkv_NHD[:, :heads], weight_HD, EPS, table)
+    size = None
+    if rotated:  # a sum of two may cancel: its errors are those of the larger
+        larger = torch.stack(expected.chunk(2, dim=-1)).abs().amax(0) * math.sqrt(2)
+        size = torch.cat([larger, larger], dim=-1)
+    assert_rounds_alike(ours, expected, size)
+    assert torch.equal(ours_NHD[:, heads:].cpu(), qkv_NHD[:, heads:]), "values stay"
 
 
 def test_heads_that_are_neither_normed_nor_rotated_are_left_alone(fused: ModuleType, device: torch.device) -> None:
-    qk_NHD = random(3, 5, 16, dtype=torch.float32, device=device)
+    qk_NHD = random(3, 5, 16, dtype=torch.float32).to(device)
     assert fused.norm_and_rotate(qk_NHD, None, EPS, None) is qk_NHD
 
 
@@ -154,17 +156,18 @@ def test_heads_that_are_neither_normed_nor_rotated_are_left_alone(fused: ModuleT
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_swiglu(fused: ModuleType, device: torch.device, tokens: int, width: int, dtype: torch.dtype) -> None:
     """A rank whose share of the MLP is empty has width 0."""
-    gate_up_NJ = random(tokens, 2 * width, dtype=dtype, device=device)
-    before = gate_up_NJ.clone()
-    ours, theirs = fused.swiglu(gate_up_NJ), layers.swiglu(gate_up_NJ)
-    assert_rounds_alike(ours, theirs)
-    assert torch.equal(gate_up_NJ, before)
+    gate_up_NJ = random(tokens, 2 * width, dtype=dtype)
+    ours_NJ, theirs = gate_up_NJ.to(device, copy=True), layers.swiglu(gate_up_NJ)
+    # A GPU's exponential errs by a part of its argument: of gates far below zero, whose results hardly count, by more.
+    assert_rounds_alike(fused.swiglu(ours_NJ), theirs, size=theirs.abs() + gate_up_NJ[:, width:].abs() / 1024)
+    assert torch.equal(ours_NJ.cpu(), gate_up_NJ)
 
 
 def test_swiglu_at_the_ends(fused: ModuleType, device: torch.device) -> None:
     """Gates whose exponential overflows, and what is no number, which must show."""
-    gate = torch.tensor([-3e38, -120.0, -90.0, -0.0, 90.0, 3e38, math.inf, math.nan], device=device)
-    ours, theirs = (ops.swiglu(torch.cat([gate, torch.ones_like(gate)])[None]) for ops in (fused, layers))
+    gate = torch.tensor([-3e38, -120.0, -90.0, -0.0, 90.0, 3e38, math.inf, math.nan])
+    gate_up_NJ = torch.cat([gate, torch.ones_like(gate)])[None]
+    ours, theirs = fused.swiglu(gate_up_NJ.to(device)).cpu(), layers.swiglu(gate_up_NJ)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-36, equal_nan=True)
 
 
