@@ -387,10 +387,15 @@ def test_seeded_samples_do_not_depend_on_company_or_ranks(model_dirs):
 
 @needs_interpreter
 def test_the_triton_kernels_serve_a_model_in_the_interpreter(tmp_path_factory, monkeypatch):
-    """The operators that CUDA uses, end to end on two ranks: prefill, append, decode and merge."""
+    """What CUDA runs, end to end on two ranks with whole weights and split ones: the attention's operators, and the
+    fused ones between a layer's products."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read by the rank processes, which have not imported Triton yet
     model_dir = checkpoint(tmp_path_factory, "mistral", layers=2, window=20)
     prompts = random_prompts([1, PAGE + 9], seed=8)
     sampling = SamplingParams(temperature=0, max_tokens=3)
-    case = Case(model_dir, prompts, sampling, page_tokens=PAGE, attention="triton")
-    assert run_cases(2, [case])[0].token_ids == hf_greedy(model_dir, prompts, 3)
+    cases = [
+        Case(model_dir, prompts, sampling, page_tokens=PAGE, attention="triton", weights=weights)
+        for weights in ("replicated", "all")
+    ]
+    expected = hf_greedy(model_dir, prompts, 3)
+    assert [answer.token_ids for answer in run_cases(2, cases)] == [expected, expected]

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,9 +243,9 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
     return found
 
 
-def _compile_one(name: str, architecture: str) -> Compiled:
+def _compile_one(listed: Callable[[str], list[Variant]], name: str, architecture: str) -> Compiled:
     """In a worker process: compile one variant into a cache of its own, so that it is compiled and not found."""
-    variant = next(v for v in variants(architecture) if v.name == name)
+    variant = next(v for v in listed(architecture) if v.name == name)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -279,9 +279,18 @@ def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int]:
     return count["vgpr_count"], 4 * count["vgpr_spill_count"]
 
 
-def compile_all(architectures: Iterable[str], *, only: str = "", jobs: int | None = None) -> Iterator[Compiled]:
-    """Compile the variants whose names hold `only` for each architecture in `jobs` processes; results in order."""
-    work = [(v.name, arch) for arch in architectures for v in variants(arch) if only in v.name]
+def compile_all(
+    architectures: Iterable[str],
+    *,
+    only: str = "",
+    jobs: int | None = None,
+    listed: Callable[[str], list[Variant]] = variants,
+) -> Iterator[Compiled]:
+    """Compile the variants whose names hold `only` for each architecture in `jobs` processes; results in order.
+
+    `listed` gives the variants of an architecture: a function that other processes can import.
+    """
+    work = [(listed, v.name, arch) for arch in architectures for v in listed(arch) if only in v.name]
     # Spawned and not forked: LLVM's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:

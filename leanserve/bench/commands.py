@@ -144,13 +144,13 @@ def gpu(
         bool, typer.Option("--tiny", help="A tiny model, on the CPU too, to try the command; its figures say nothing.")
     ] = False,
 ) -> None:
-    """Decode on one GPU: step time and where it goes, with CUDA graphs and without, and what must be the same.
+    """Decode on one GPU: step time and where it goes, with and without CUDA graphs and fused kernels.
 
     A random Llama of 1.5B parameters in bfloat16, at 1k, 32k and 128k tokens,
     beside the time to read its weights and KV once at the bandwidth that is
     measured here. At every cell the logits of a replayed step must be those
     of an eager one, bit for bit; and ranks that share the GPU through Gloo
-    must give the tokens of one rank, in float32. About five minutes. Exits
+    must give the tokens of one rank, in float32. Several minutes. Exits
     with 1 if a check fails.
     """
     from leanserve.bench.gpu import run_gpu_bench

@@ -1,4 +1,4 @@
-"""`bench gpu`: decode steps on one GPU, with CUDA graphs and without, and what must be the same either way."""
+"""`bench gpu`: decode steps on one GPU, with and without CUDA graphs and fused kernels, and what must be the same."""
 
 import gc
 import os
@@ -51,6 +51,22 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
+class _Mode:
+    """How a step is launched."""
+
+    name: str
+    eager: bool
+    fused: bool
+
+
+MODES = (
+    _Mode("graphs", eager=False, fused=True),
+    _Mode("unfused", eager=False, fused=False),
+    _Mode("eager", eager=True, fused=True),
+)
+
+
+@dataclass(frozen=True)
 class _Bench:
     """What is measured, and where."""
 
@@ -61,7 +77,7 @@ class _Bench:
     architecture: Architecture
     folder: Path
 
-    def config(self, *, enforce_eager: bool) -> EngineConfig:
+    def config(self, mode: _Mode) -> EngineConfig:
         """Pools that hold the largest cell, steps that admit any cell at once."""
         pages = max(batch * (-(-(context + MAX_STEPS + 2) // PAGE_TOKENS)) for context, batch in self.cells)
         page_bytes = self.architecture.kv_bytes_per_token(self.dtype.itemsize) * PAGE_TOKENS
@@ -69,7 +85,8 @@ class _Bench:
             model_dir=str(self.model_dir),
             dtype="bfloat16" if self.dtype == torch.bfloat16 else "float32",
             device="cuda" if self.device.type == "cuda" else "cpu",
-            enforce_eager=enforce_eager,
+            enforce_eager=mode.eager,
+            fused_kernels=mode.fused,
             cache=CacheOptions(page_tokens=PAGE_TOKENS, kv_memory_bytes=pages * page_bytes),
             batch=BatchOptions(
                 max_batch_tokens=max(context * batch for context, batch in self.cells),
@@ -159,11 +176,11 @@ def run_gpu_bench(
                 seconds=round(budget.spent_s, 1),
             )
 
-        for mode in ("graphs", "eager"):
-            if (mode == "eager" or device.type == "cuda") and budget.allows(f"decode, {mode}"):
-                console.print(f"decode, {mode}")
-                figures[mode], captured = _decode(bench, checks, budget, enforce_eager=mode == "eager")
-                capture_s = captured or capture_s
+        for mode in MODES:
+            if (mode.eager or device.type == "cuda") and budget.allows(f"decode, {mode.name}"):
+                console.print(f"decode, {mode.name}")
+                figures[mode.name], captured = _decode(bench, checks, budget, mode)
+                capture_s = capture_s or captured
                 gc.collect()  # graphs and runner hold on to each other, and to the pool
                 torch.cuda.empty_cache()
                 save(so_far())
@@ -174,10 +191,10 @@ def run_gpu_bench(
 
 
 def _decode(
-    bench: _Bench, checks: list[Check], budget: _Budget, *, enforce_eager: bool
+    bench: _Bench, checks: list[Check], budget: _Budget, mode: _Mode
 ) -> tuple[list[StepFigures], float | None]:
     """Every cell on one loaded model, and the seconds that capturing took. Where there are graphs, they are checked."""
-    config = bench.config(enforce_eager=enforce_eager)
+    config = bench.config(mode)
     place = Place(rank=0, size=1, local_rank=0, local_size=1, agent_pid=os.getpid())
     began: list[float] = []
     loaded = load_rank(
@@ -194,11 +211,11 @@ def _decode(
         engine = engine_on_filled_cache(loaded, config, sender)
         for number, (context_tokens, batch) in enumerate(bench.cells):
             # The longest come last: where one has no time, those after it have none either.
-            if not budget.allows(f"{batch} x {context_tokens:,}, {'eager' if enforce_eager else 'graphs'}"):
+            if not budget.allows(f"{batch} x {context_tokens:,}, {mode.name}"):
                 continue
             figures.append(_measure(engine, loaded, context_tokens, batch, seed=number))
             if loaded.runner.graphs is not None:
-                checks.append(_same_bits(loaded.runner, context_tokens, batch))
+                checks.append(_same_bits(loaded.runner, context_tokens, batch, mode))
             _end_all(engine, batch)
         sender.close()
     return figures, round(began[-1] - began[0], 1) if began else None
@@ -231,7 +248,7 @@ def _measure(engine: Engine, loaded: LoadedRank, context_tokens: int, batch: int
     )
 
 
-def _same_bits(runner: Runner, context_tokens: int, batch: int) -> Check:
+def _same_bits(runner: Runner, context_tokens: int, batch: int, mode: _Mode) -> Check:
     """The step that comes next, replayed and launched anew at the same size."""
     graphs = runner.graphs
     assert graphs is not None
@@ -242,7 +259,7 @@ def _same_bits(runner: Runner, context_tokens: int, batch: int) -> Check:
     assert replayed is not None
     different = int((eager[:batch] != replayed).sum())
     return Check(
-        f"replay equals eager bit for bit, {batch} x {context_tokens:,}",
+        f"replay equals eager bit for bit, {batch} x {context_tokens:,}{'' if mode.fused else ', unfused'}",
         passed=different == 0,
         seen=f"{different} of {replayed.numel():,} logits differ",
     )

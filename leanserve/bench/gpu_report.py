@@ -38,7 +38,8 @@ class GpuCell(msgspec.Struct, frozen=True, kw_only=True):
     read_ms: float
     """The time to read them at the measured bandwidth."""
     figures: dict[str, StepFigures]
-    """By mode: `graphs`, where there are any, and `eager`."""
+    """By mode: `graphs` and `unfused`, where there are graphs, and `eager`. unfused: graphs with PyTorch's operators
+    between a layer's matrix products instead of one kernel for each operation."""
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -57,7 +58,7 @@ class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     read_bytes_per_s: int
     capture_s: float | None
-    """Capturing all graphs, compiling kernels included; None where there are none."""
+    """Capturing all graphs for the first time, compiling kernels included; None where there are none."""
     checks: list[Check]
     cells: list[GpuCell]
     left_out: list[str]
@@ -99,3 +100,5 @@ def print_gpu_report(report: GpuReport, console: Console) -> None:
     if report.left_out:
         console.print(f"No time was left for: {'; '.join(report.left_out)}.", highlight=False)
     console.print("read: the time to read weights and KV once, and how much of the step that is.")
+    if any(len(cell.figures) > 1 for cell in report.cells):
+        console.print("unfused: graphs with PyTorch's operators between a layer's matrix products.")

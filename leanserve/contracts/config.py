@@ -77,6 +77,10 @@ class EngineConfig:
     comm: Comm = "auto"
     """auto: NCCL on GPUs, Gloo on the CPU. gloo with --device cuda lets several ranks share one GPU."""
     attention: AttentionBackend = "auto"
+    """Also of the operations between a layer's matrix products, unless `fused_kernels` says otherwise."""
+    fused_kernels: bool = True
+    """Where attention is Triton's, so is what lies between a layer's matrix products, in one launch each. False: in
+    PyTorch, to compare."""
     enforce_eager: bool = False
     """Launch every kernel of a decode step anew. False: replay CUDA graphs where the device, the attention and the
     collectives allow it."""

@@ -81,10 +81,17 @@ def load_rank(
     choice = _split(
         config, architecture, dtype.itemsize, ranks, ranks_on_host=place.local_size, ranks_on_device=ranks_on_device
     )
-    decoder = Decoder(architecture, ranks=ranks, split=choice.split, dtype=dtype, device=device)
+    attention = _choose_attention(config, device)
+    decoder = Decoder(
+        architecture,
+        ranks=ranks,
+        split=choice.split,
+        dtype=dtype,
+        device=device,
+        backend=attention if config.fused_kernels else "portable",
+    )
     load_weights(decoder, model_dir, progress=progress)
 
-    attention = _choose_attention(config, device)
     captures = supports_graphs(ranks, attention) and not config.enforce_eager
     kv_bytes_per_token = architecture.kv_bytes_per_token(dtype.itemsize)
     page_bytes = kv_bytes_per_token * config.cache.page_tokens

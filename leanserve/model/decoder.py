@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lean_attention import Backend
 from leanserve.distributed.ranks import Ranks
 from leanserve.distributed.token_exchange import (
     NO_EXCHANGE,
@@ -23,9 +24,10 @@ from leanserve.distributed.token_exchange import (
     columns_to_rank_0,
 )
 from leanserve.model.architecture import Architecture
-from leanserve.model.layers import Linear, rms_norm, swiglu
+from leanserve.model.layer_ops import choose_layer_ops
+from leanserve.model.layers import Linear
 from leanserve.model.partition import Partition, WeightSplit
-from leanserve.model.rope import Rope, RotaryTable, rotate
+from leanserve.model.rope import Rope, RotaryTable
 
 __all__ = ["Attend", "Decoder", "DecoderLayer"]
 
@@ -80,6 +82,10 @@ class Decoder:
         split: which weights are.
         dtype: of weights and activations: float32, bfloat16 or float16.
         device: of the weights.
+        backend: of the operations between the products, None for the device's own.
+
+    Raises:
+        ValueError: the backend cannot run on the device.
     """
 
     def __init__(
@@ -90,10 +96,12 @@ class Decoder:
         split: WeightSplit = "replicated",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        backend: Backend | None = None,
     ) -> None:
         self.architecture = a = architecture
         self.dtype = dtype
         self.device = torch.device(device)
+        self._ops = choose_layer_ops(backend, self.device)
         self.ranks = Ranks.single(self.device) if ranks is None else ranks
         self.partition = Partition(a, split, self.ranks.rank, self.ranks.size)
         self.rope = Rope(a.rope, head_dim=a.head_dim, max_positions=a.max_positions, device=device)
@@ -158,10 +166,15 @@ class Decoder:
 
         x_NC = for_mlp.summed(self._embedded(for_mlp.all_tokens(tokens_N)))
         table = self.rope.table(positions_N, prompt_lengths_N, self.dtype)
-        for index, layer in enumerate(self.layers):
-            self._add_attention(index, layer, x_NC, table, attend, for_attention)
-            self._add_mlp(layer, x_NC, for_mlp)
-        return rms_norm(x_NC, self.final_norm_C, self.architecture.rms_norm_eps)
+        eps = self.architecture.rms_norm_eps
+        # What a block adds to the residual stream x joins the norm h that the next one reads.
+        h_NC = self._ops.rms_norm(x_NC, self.layers[0].input_norm_C, eps)
+        norms_after = [*(layer.input_norm_C for layer in self.layers[1:]), self.final_norm_C]
+        for index, (layer, norm_after_C) in enumerate(zip(self.layers, norms_after, strict=True)):
+            attended_NC = self._attention(index, layer, h_NC, table, attend, for_attention)
+            h_NC = self._ops.add_rms_norm(x_NC, attended_NC, layer.mlp_norm_C, eps)
+            h_NC = self._ops.add_rms_norm(x_NC, self._mlp(layer, h_NC, for_mlp), norm_after_C, eps)
+        return h_NC
 
     @torch.inference_mode()
     def logits(self, hidden_MC: Tensor) -> Tensor | None:
@@ -190,35 +203,29 @@ class Decoder:
             return F.linear(hidden_MC, self.embedding_VC)
         return self.unembedding(hidden_MC)
 
-    def _add_attention(
+    def _attention(
         self,
         index: int,
         layer: DecoderLayer,
-        x_NC: Tensor,
+        h_NC: Tensor,
         table: RotaryTable,
         attend: Attend,
         exchange: NoExchange | TokenExchange,
-    ) -> None:
-        """Add attention to the residual stream in place."""
+    ) -> Tensor:
+        """What attention adds to the residual stream, [N, C]."""
         a = self.architecture
-        n, d, rotary_heads = x_NC.shape[0], a.head_dim, a.num_heads + a.num_kv_heads
-        h_NC = rms_norm(x_NC, layer.input_norm_C, a.rms_norm_eps)
+        n, d, rotary_heads = h_NC.shape[0], a.head_dim, a.num_heads + a.num_kv_heads
         qkv_NJ = exchange.my_tokens(layer.qkv(exchange.all_tokens(h_NC)), self._qkv_widths)
         qkv_NHD = qkv_NJ.view(n, rotary_heads + a.num_kv_heads, d)
         qk_NHD, v_NKD = qkv_NHD.split((rotary_heads, a.num_kv_heads), dim=1)
-        if layer.qk_norm_HKD is not None:
-            qk_NHD = rms_norm(qk_NHD, None, a.rms_norm_eps).mul_(layer.qk_norm_HKD)
-        if layer.rotates:
-            qk_NHD = rotate(qk_NHD, table)
+        qk_NHD = self._ops.norm_and_rotate(qk_NHD, layer.qk_norm_HKD, a.rms_norm_eps, table if layer.rotates else None)
         q_NHD, k_NKD = qk_NHD.split((a.num_heads, a.num_kv_heads), dim=1)
-
         attended_NJ = attend(index, q_NHD, k_NKD, v_NKD).reshape(n, a.num_heads * d)
-        x_NC += exchange.summed(layer.output(exchange.my_columns(attended_NJ, self._attended_widths)))
+        return exchange.summed(layer.output(exchange.my_columns(attended_NJ, self._attended_widths)))
 
-    def _add_mlp(self, layer: DecoderLayer, x_NC: Tensor, exchange: NoExchange | TokenExchange) -> None:
-        """Add the MLP to the residual stream in place."""
-        h_NC = rms_norm(x_NC, layer.mlp_norm_C, self.architecture.rms_norm_eps)
-        x_NC += exchange.summed(layer.down(swiglu(layer.gate_up(exchange.all_tokens(h_NC)))))
+    def _mlp(self, layer: DecoderLayer, h_NC: Tensor, exchange: NoExchange | TokenExchange) -> Tensor:
+        """What the MLP adds to the residual stream, [N, C]."""
+        return exchange.summed(layer.down(self._ops.swiglu(layer.gate_up(exchange.all_tokens(h_NC)))))
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Every tensor under its name in a checkpoint, as a view into this model's memory: where it is to be loaded.

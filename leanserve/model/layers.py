@@ -1,6 +1,7 @@
-"""The decoder's arithmetic.
+"""The decoder's arithmetic: its products, and what lies between them, in PyTorch.
 
-N tokens of a step (all sequences together), C inputs, J outputs of a projection.
+N tokens of a step (all sequences together), C inputs, J outputs of a projection, H heads (of queries, then of keys), D
+head dim.
 """
 
 import platform
@@ -10,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Linear", "rms_norm", "swiglu"]
+from leanserve.model.rope import RotaryTable, rotate
+
+__all__ = ["Linear", "add_rms_norm", "norm_and_rotate", "rms_norm", "swiglu"]
 
 _SMALLEST_PACKED = 1 << 18
 """Elements. Below, the 20 microseconds that a call of a packed projection costs are more than it saves."""
@@ -85,6 +88,25 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     scale = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     normed = (x32 * scale).to(x.dtype)
     return normed if weight is None else normed.mul_(weight)
+
+
+def add_rms_norm(x_NC: Tensor, delta_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    """Add to the residual stream x in place, and return its norm."""
+    x_NC += delta_NC
+    return rms_norm(x_NC, weight_C, eps)
+
+
+def norm_and_rotate(qk_NHD: Tensor, weight_HD: Tensor | None, eps: float, table: RotaryTable | None) -> Tensor:
+    """Queries and keys as attention wants them. What they were is gone: it may be done in place.
+
+    Args:
+        qk_NHD: D is contiguous, the other strides are not.
+        weight_HD: of each head's RMSNorm, or None for no norm.
+        table: of the rotation, or None for none.
+    """
+    if weight_HD is not None:
+        qk_NHD = rms_norm(qk_NHD, None, eps).mul_(weight_HD)
+    return qk_NHD if table is None else rotate(qk_NHD, table)
 
 
 def swiglu(gate_up_NJ: Tensor) -> Tensor:

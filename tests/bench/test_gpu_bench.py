@@ -59,5 +59,5 @@ def test_without_a_gpu_only_the_tiny_model_is_served(monkeypatch):
 @pytest.mark.gpu
 def test_every_check_passes_on_a_gpu():
     report = run_gpu_bench((1, 2), Console(file=io.StringIO()), tiny=True)
-    assert [check.passed for check in report.checks] == [True] * (len(TINY_CELLS) + 1)
-    assert all(set(cell.figures) == {"graphs", "eager"} for cell in report.cells)
+    assert [check.passed for check in report.checks] == [True] * (2 * len(TINY_CELLS) + 1)
+    assert all(set(cell.figures) == {"graphs", "unfused", "eager"} for cell in report.cells)

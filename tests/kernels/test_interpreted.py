@@ -1,4 +1,4 @@
-"""The Triton kernels on a machine without a GPU: this directory's tests again, under Triton's interpreter.
+"""The Triton kernels on a machine without a GPU: their tests again, under Triton's interpreter.
 
 Triton reads TRITON_INTERPRET when it is imported, so they run in processes of their own: two, side by side.
 """
@@ -15,7 +15,7 @@ from triton_interpreter import needs_interpreter
 HERE = Path(__file__).parent
 SPLIT = (
     ("test_decode.py",),
-    ("test_stream_k.py", "test_prefill.py", "test_state.py", "test_paged_kv.py"),
+    ("test_stream_k.py", "test_prefill.py", "test_state.py", "test_paged_kv.py", "../model/test_fused.py"),
 )
 
 
