@@ -153,7 +153,7 @@ def _empty_states(q, k, v, page_table, lengths, page_positions, k_scale, v_scale
 
 
 # The plan's scratch memory is written, but a launch leaves nothing there that another one reads: it is no result.
-@operator("decode", fake=_empty_states)
+@operator("lean_attention::decode", fake=_empty_states)
 def _decode(
     q: Tensor,
     k: Tensor,

@@ -12,25 +12,28 @@ import torch
 
 __all__ = ["operator"]
 
-_LIBRARY = torch.library.Library("lean_attention", "FRAGMENT")
+_libraries: dict[str, torch.library.Library] = {}
+"""By namespace; an operator is gone when its library is."""
 
 
 def operator(
     name: str, *, fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function the operator `torch.ops.lean_attention.<name>`, for tensors on any device.
-
-    It has no backward pass. What it is called with in place of the function is the operator itself.
+    """Make a function an operator, for tensors on any device: the operator takes its place. It has no backward pass.
 
     Args:
+        name: `namespace::name`.
         fake: the same arguments; returns empty tensors of the shapes and dtypes that the function would give.
         mutates_args: the arguments it writes to.
     """
 
+    namespace, _, short_name = name.partition("::")
+    library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates_args))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"lean_attention::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.lean_attention, name).default
+        library.define(short_name + torch.library.infer_schema(function, mutates_args=mutates_args))
+        library.impl(short_name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(name, fake, lib=library)
+        return getattr(getattr(torch.ops, namespace), short_name).default
 
     return register

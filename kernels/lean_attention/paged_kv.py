@@ -170,7 +170,7 @@ def append_kv(
     _append(k_new, v_new, kv.k, kv.v, kv.page_table, kv.lengths, kv.k_scale, kv.v_scale, pages, slots, backend)
 
 
-@operator("append_kv", fake=lambda *arguments: None, mutates_args=("k", "v"))
+@operator("lean_attention::append_kv", fake=lambda *arguments: None, mutates_args=("k", "v"))
 def _append(
     k_new: Tensor,
     v_new: Tensor,

@@ -63,7 +63,7 @@ def _empty_states(q, k, v, page_table, lengths, page_positions, k_scale, v_scale
     return q.new_empty(q.shape, dtype=out_dtype), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-@operator("prefill", fake=_empty_states)
+@operator("lean_attention::prefill", fake=_empty_states)
 def _prefill(
     q: Tensor,
     k: Tensor,

@@ -95,7 +95,7 @@ def _empty_merged(out_NBHD: Tensor, lse_NBH: Tensor) -> tuple[Tensor, Tensor]:
     return out_NBHD.new_empty(out_NBHD.shape[1:]), lse_NBH.new_empty(lse_NBH.shape[1:])
 
 
-@operator("merge_states", fake=_empty_merged)
+@operator("lean_attention::merge_states", fake=_empty_merged)
 def _merge_on_triton(out_NBHD: Tensor, lse_NBH: Tensor) -> tuple[Tensor, Tensor]:
     from lean_attention.merge import merge_states as merge_on_triton
 

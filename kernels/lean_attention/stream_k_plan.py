@@ -247,7 +247,7 @@ def _empty_work(lengths, page_positions, q_positions, window, page_tokens, kv_he
     return lengths.new_empty(_work_words(lengths.shape[0], num_ctas))
 
 
-@operator("deal_tiles", fake=_empty_work)
+@operator("lean_attention::deal_tiles", fake=_empty_work)
 def _deal(
     lengths: Tensor,
     page_positions: Tensor | None,

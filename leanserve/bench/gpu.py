@@ -190,9 +190,7 @@ def run_gpu_bench(
     return so_far()
 
 
-def _decode(
-    bench: _Bench, checks: list[Check], budget: _Budget, mode: _Mode
-) -> tuple[list[StepFigures], float | None]:
+def _decode(bench: _Bench, checks: list[Check], budget: _Budget, mode: _Mode) -> tuple[list[StepFigures], float | None]:
     """Every cell on one loaded model, and the seconds that capturing took. Where there are graphs, they are checked."""
     config = bench.config(mode)
     place = Place(rank=0, size=1, local_rank=0, local_size=1, agent_pid=os.getpid())

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lean_attention.operators import operator
 from lean_attention.tuning import interpreting
 from leanserve.model.rope import RotaryTable
 
@@ -81,24 +82,14 @@ def _launch_norm(x_NC: Tensor, delta_NC: Tensor | None, weight_C: Tensor, eps: f
     return out_NC
 
 
-@torch.library.custom_op("leanserve::rms_norm", mutates_args=())
+@operator("leanserve::rms_norm", fake=lambda x_NC, *others: x_NC.new_empty(x_NC.shape))
 def _rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     return _launch_norm(x_NC, None, weight_C, eps)
 
 
-@torch.library.custom_op("leanserve::add_rms_norm", mutates_args=("x_NC",))
+@operator("leanserve::add_rms_norm", fake=lambda x_NC, *others: x_NC.new_empty(x_NC.shape), mutates_args=("x_NC",))
 def _add_rms_norm(x_NC: Tensor, delta_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     return _launch_norm(x_NC, delta_NC, weight_C, eps)
-
-
-@_rms_norm.register_fake
-def _(x_NC, weight_C, eps):
-    return x_NC.new_empty(x_NC.shape)
-
-
-@_add_rms_norm.register_fake
-def _(x_NC, delta_NC, weight_C, eps):
-    return x_NC.new_empty(x_NC.shape)
 
 
 def rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -162,7 +153,7 @@ def heads_constants(head_dim: int, *, rows: int | None = None) -> dict[str, int]
     return {"HEAD_DIM": head_dim, "HALF": half, "D2": block, "R": rows}
 
 
-@torch.library.custom_op("leanserve::norm_and_rotate", mutates_args=("qk_NHD",))
+@operator("leanserve::norm_and_rotate", fake=lambda *arguments: None, mutates_args=("qk_NHD",))
 def _norm_and_rotate(
     qk_NHD: Tensor, weight_HD: Tensor | None, eps: float, cos_N1D: Tensor | None, sin_N1D: Tensor | None
 ) -> None:
@@ -183,11 +174,6 @@ def _norm_and_rotate(
         qk_NHD, weight_HD, cos_N1D, sin_N1D, eps, rows, heads, *qk_NHD.stride()[:2], cos_stride, sin_stride,
         **constants, num_warps=HEADS_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-@_norm_and_rotate.register_fake
-def _(qk_NHD, weight_HD, eps, cos_N1D, sin_N1D):
-    return None
 
 
 def norm_and_rotate(qk_NHD: Tensor, weight_HD: Tensor | None, eps: float, table: RotaryTable | None) -> Tensor:
@@ -221,7 +207,11 @@ def swiglu_constants(width: int) -> dict[str, int]:
     return {"WIDTH": width, "J": 32 * SWIGLU_WARPS * ELEMENTS_PER_THREAD}
 
 
-@torch.library.custom_op("leanserve::swiglu", mutates_args=())
+def _empty_gated(gate_up_NJ: Tensor) -> Tensor:
+    return gate_up_NJ.new_empty((gate_up_NJ.shape[0], gate_up_NJ.shape[1] // 2))
+
+
+@operator("leanserve::swiglu", fake=_empty_gated)
 def _swiglu(gate_up_NJ: Tensor) -> Tensor:
     rows, width = gate_up_NJ.shape[0], gate_up_NJ.shape[1] // 2
     assert gate_up_NJ.shape[1] == 2 * width
@@ -234,11 +224,6 @@ def _swiglu(gate_up_NJ: Tensor) -> Tensor:
             **constants, num_warps=SWIGLU_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out_NJ
-
-
-@_swiglu.register_fake
-def _(gate_up_NJ):
-    return gate_up_NJ.new_empty((gate_up_NJ.shape[0], gate_up_NJ.shape[1] // 2))
 
 
 def swiglu(gate_up_NJ: Tensor) -> Tensor:
