@@ -8,7 +8,6 @@ import zmq
 
 from engine.fake_executors import EchoExecutor, FailingExecutor, ToyModelExecutor, toy_completion
 from engine.workload import token_bytes
-from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import (
@@ -23,7 +22,7 @@ from leanserve.contracts.messages import (
     encode,
 )
 from leanserve.contracts.sampling import SamplingParams
-from leanserve.engine.engine import Engine
+from leanserve.engine.engine import Engine, Executor
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.service import serve
 
@@ -65,14 +64,15 @@ class FrontEnd:
 
 @contextmanager
 def serving(
-    execute: Callable[[Batch], StepResult],
+    executor: Executor,
     *first: Submit,
     high_water_mark: int = 1000,
+    overlap: bool = False,
     when_idle: Callable[[], object] = lambda: None,
 ) -> Iterator[FrontEnd]:
     """`first` has arrived when the service starts."""
     scheduler = Scheduler(KvSharding(page_tokens=4, pages_per_rank=(50, 50)), BatchOptions(max_batch_tokens=64), 300)
-    engine = Engine(scheduler, execute, [])
+    engine = Engine(scheduler, executor, [], overlap=overlap)
     stop = threading.Event()
     with zmq.Context() as context, context.socket(zmq.DEALER) as near, context.socket(zmq.DEALER) as far:
         for socket in (near, far):

@@ -16,7 +16,7 @@ import pytest
 import zmq
 
 from engine.fake_executors import EchoExecutor
-from leanserve.contracts.batch import Batch, StepResult
+from leanserve.contracts.batch import Batch
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import EngineReady, encode
@@ -36,9 +36,9 @@ LONG = [5] * 400
 
 
 class SlowExecutor(EchoExecutor):
-    def __call__(self, batch: Batch) -> StepResult:
+    def launch(self, batch: Batch) -> None:
         time.sleep(0.004)
-        return super().__call__(batch)
+        super().launch(batch)
 
 
 @dataclass
