@@ -72,8 +72,9 @@ class EngineConfig:
     """auto: NCCL on GPUs, Gloo on the CPU. gloo with --device cuda lets several ranks share one GPU."""
     attention: AttentionBackend = "auto"
     enforce_eager: bool = False
-    """Launch every kernel of a decode step anew. False: replay CUDA graphs where the device, the attention and the
-    collectives allow it."""
+    """Launch every kernel of a decode step anew, and each step when the one before it is done. False: replay CUDA
+    graphs, and launch a step while the one before it runs, where the device, the attention and the collectives allow
+    it."""
     weights: Weights = "auto"
     """replicated: every rank holds all of them. mlp: MLP and vocabulary are split over the ranks. all: attention
     projections too. auto: whichever makes a decode step shortest, by an estimate."""

@@ -101,7 +101,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     attention: str
     """`triton` or `portable`."""
     captures_graphs: bool = False
-    """Whether decode steps are replayed as CUDA graphs."""
+    """Whether decode steps are replayed as CUDA graphs; and where a launch thus does not wait for the device, steps
+    overlap."""
     prefix_cache: bool = False
     """Whether requests that begin alike share pages."""
     weights: str = ""

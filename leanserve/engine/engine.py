@@ -53,9 +53,9 @@ class Engine:
     """Every accepted request gets exactly one TokenOutput with a finish reason: from `step`, `collect`, `abort` or
     `fail`.
 
-    Where steps overlap, one is always in flight: the next is planned and launched before its tokens are known
-    (`Scheduler.must_know_tokens` says when that cannot be). A request that has ended meanwhile has a row too many there;
-    what that gives is dropped.
+    Where steps overlap, one stays in flight: the next is planned and launched before its tokens are known, unless
+    `Scheduler.must_know_tokens`. A request that ends with one of them has a row too many in the next step; what that
+    gives is dropped.
     """
 
     def __init__(
@@ -150,8 +150,8 @@ class Engine:
         if batch is not None:
             self._launched.append(_Launched(batch, began_s, time.perf_counter() - began_s))
             self._executor.launch(batch)
-        stays_in_flight = self._overlap and batch is not None
-        if len(self._launched) > stays_in_flight:
+        num_staying = 1 if self._overlap and batch is not None else 0
+        if len(self._launched) > num_staying:
             outputs += self.collect()
         return outputs
 

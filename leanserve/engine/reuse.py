@@ -134,7 +134,7 @@ class PrefixReuse:
             self._remember_last_page(sequence, self._namer)
 
     def _publish(self, sequence: Sequence, namer: PageNamer) -> bool:
-        """Let others share the pages that have become full with tokens that are known. Returns whether there are any."""
+        """Let others share pages that have become full with tokens that are known. Returns whether there are any."""
         first = sequence.num_noted_tokens // self._page_tokens
         sequence.num_noted_tokens = min(sequence.num_computed_tokens, sequence.num_tokens)
         end = sequence.num_noted_tokens // self._page_tokens

@@ -46,13 +46,17 @@ from leanserve.launch.step_watch import StepWatch, dump_stacks_when_asked
 from leanserve.launch.termination import Termination
 from leanserve.launch.threads import default_threads, user_set_threads
 from leanserve.server.logs import open_log_of_rank
+from leanserve.worker.runner import Runner
 
-__all__ = ["follow", "main", "make_engine", "run_rank"]
+__all__ = ["AllRanks", "follow", "main", "make_engine", "run_rank"]
 
 logger = logging.getLogger("leanserve.launch")
 
 CONFIGURE_TIMEOUT_S = 1800.0
 """A front end may first download a model."""
+
+COLLECT_AFTER_MS = 50
+"""After a launch without another, a rank waits for the device instead of rank 0."""
 
 
 @dataclass(frozen=True)
@@ -180,21 +184,48 @@ def _serve_engine(
         sender.close()
 
 
-def make_engine(loaded: LoadedRank, config: EngineConfig, sender: StepSender, watch: StepWatch | None = None) -> Engine:
-    """The engine of rank 0: every step goes out to the other ranks before it is computed here."""
+class AllRanks:
+    """The engine's executor: every step goes out to the other ranks before it is launched here."""
 
-    def execute(batch: Batch) -> StepResult:
-        sender.send(batch)
-        if watch is None:
-            return loaded.runner.execute(batch)
-        watch.begin()
-        result = loaded.runner.execute(batch)
-        watch.end(batch.step)
+    def __init__(self, runner: Runner, sender: StepSender, watch: StepWatch | None = None) -> None:
+        self._runner = runner
+        self._sender = sender
+        self._watch = watch
+
+    def launch(self, batch: Batch) -> None:
+        self._sender.send(batch)
+        if self._watch is not None:
+            self._watch.begin()
+        self._runner.launch(batch)
+
+    def collect(self) -> StepResult:
+        result = self._runner.collect()
+        if self._watch is not None:
+            self._watch.end(result.step)
         return result
 
+
+def make_engine(
+    loaded: LoadedRank,
+    config: EngineConfig,
+    sender: StepSender,
+    watch: StepWatch | None = None,
+    *,
+    overlap: bool | None = None,
+) -> Engine:
+    """The engine of rank 0.
+
+    Args:
+        overlap: as of Engine. None: where it pays, which is where a launch does not wait for the device.
+    """
     info = loaded.info
     scheduler = Scheduler(loaded.sharding, config.batch, info.max_context_tokens, prefix_cache=info.prefix_cache)
-    return Engine(scheduler, execute, info.eos_token_ids)
+    return Engine(
+        scheduler,
+        AllRanks(loaded.runner, sender, watch),
+        info.eos_token_ids,
+        overlap=info.captures_graphs if overlap is None else overlap,
+    )
 
 
 def _run_other_rank(member: _Member) -> None:
@@ -208,17 +239,37 @@ def _run_other_rank(member: _Member) -> None:
 
 
 def follow(loaded: LoadedRank, receiver: StepReceiver, watch: StepWatch | None = None) -> None:
-    """Execute what rank 0 says until it says stop."""
+    """Execute what rank 0 says until it says stop.
+
+    A step is collected where rank 0 collected it: before the next one is launched, or after that. Where nothing follows
+    for a while, the last one is.
+    """
+    runner = loaded.runner
+
+    def collect(until_step: int) -> None:
+        """All steps in flight up to this one."""
+        while runner.steps_in_flight and runner.steps_in_flight[0] <= until_step:
+            step = runner.collect().step
+            if watch is not None:
+                watch.end(step)
+
     try:
-        while not isinstance(message := receiver.receive(), Stop):
+        newest = 0
+        while not isinstance(message := receiver.receive(COLLECT_AFTER_MS if runner.steps_in_flight else None), Stop):
+            collect(message.checked_step if isinstance(message, Batch) else newest)
+            if message is None:
+                continue
             if watch is not None:
                 watch.begin()
             if isinstance(message, Batch):
-                loaded.runner.execute(message)
+                runner.launch(message)
+                newest = message.step
+                collect(newest - 1)
             else:
-                loaded.runner.compare_pasts()
-            if watch is not None:
-                watch.end(message.step if isinstance(message, Batch) else None)
+                runner.compare_pasts()
+                if watch is not None:
+                    watch.end()
+        collect(newest)
     finally:
         receiver.close()
 

@@ -13,7 +13,7 @@ from leanserve.model.activations import SCORED_LOGITS_BYTES
 from leanserve.model.decoder import Decoder
 from leanserve.worker.inputs import ScoredTokens
 
-__all__ = ["score", "score_prompts", "unpack"]
+__all__ = ["score", "score_prompts", "unpack", "unpack_prompts"]
 
 
 def score(logits_MV: torch.Tensor, tokens_M: torch.Tensor, num_top: int) -> torch.Tensor:
@@ -33,12 +33,12 @@ def score(logits_MV: torch.Tensor, tokens_M: torch.Tensor, num_top: int) -> torc
     return torch.cat([column.double() for column in (chosen_M1, ranks_M1, ids_Mk, top_Mk)], dim=-1)
 
 
-def score_prompts(decoder: Decoder, hidden_NC: torch.Tensor, scored: ScoredTokens, ranks: Ranks) -> dict[int, Logprobs]:
+def score_prompts(decoder: Decoder, hidden_NC: torch.Tensor, scored: ScoredTokens, ranks: Ranks) -> torch.Tensor | None:
     """Score the prompt tokens of a step on rank 0, each from the hidden state of the token before it, wherever that is.
     Every rank must call it.
 
     Returns:
-        By sequence id, on rank 0; nothing on the others.
+        On rank 0, as `score` for all of them, in the order of `scored.spans`; None on the others.
     """
     mine_LC = hidden_NC.new_zeros((max(scored.tokens_per_rank), hidden_NC.shape[1]))
     mine_LC[: scored.rows_L.shape[0]] = hidden_NC[scored.rows_L]
@@ -49,12 +49,14 @@ def score_prompts(decoder: Decoder, hidden_NC: torch.Tensor, scored: ScoredToken
         logits_MV = decoder.logits(hidden_MC)
         if logits_MV is not None:
             chunks.append(score(logits_MV, targets_M, scored.num_top))
-    if not chunks:
-        return {}
-    packed = torch.cat(chunks).cpu().numpy()
+    return torch.cat(chunks) if chunks else None
+
+
+def unpack_prompts(packed: np.ndarray, spans: list[tuple[int, int, int]]) -> dict[int, Logprobs]:
+    """What `score_prompts` gave, by sequence id; `spans` are those of the step's ScoredTokens."""
     found: dict[int, Logprobs] = {}
     start = 0
-    for sequence_id, count, num_top in scored.spans:
+    for sequence_id, count, num_top in spans:
         found[sequence_id] = unpack(packed[start : start + count], num_top)
         start += count
     return found

@@ -5,9 +5,11 @@ So a seeded request draws the same numbers alone or in a crowd, on any rank coun
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.worker.transfers import upload
 
 __all__ = ["Draw", "sample", "uniform"]
 
@@ -54,49 +56,63 @@ def sample(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
         (_draw_from_likely, [m for m in random if _truncates(draws[m].sampling)]),
     ):
         if rows:
-            tokens_M[rows] = draw_rows(logits_MV[rows], [draws[m] for m in rows])
+            rows_M = upload(np.array(rows), logits_MV.device)
+            tokens_M[rows_M] = draw_rows(logits_MV[rows_M], _Wishes.of([draws[m] for m in rows], logits_MV))
     return tokens_M
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """What rows ask for, and their uniform numbers, as columns on the device: float64 [M, 1]."""
+
+    temperature_M1: torch.Tensor
+    top_k_M1: torch.Tensor
+    top_p_M1: torch.Tensor
+    min_p_M1: torch.Tensor
+    number_M1: torch.Tensor
+
+    @classmethod
+    def of(cls, draws: list[Draw], logits_MV: torch.Tensor) -> "_Wishes":
+        vocab_size, params = logits_MV.shape[1], [draw.sampling for draw in draws]
+        columns = [
+            [p.temperature for p in params],
+            [p.top_k or vocab_size for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [uniform(draw.seed, draw.index) for draw in draws],
+        ]
+        return cls(*upload(np.array(columns, np.float64), logits_MV.device).unsqueeze(2))
 
 
 def _truncates(sampling: SamplingParams) -> bool:
     return sampling.top_k is not None or sampling.top_p < 1 or sampling.min_p > 0
 
 
-def _draw_from_all(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    return _invert(_probabilities(logits_MV, draws), draws)
+def _draw_from_all(logits_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
+    return _invert(_probabilities(logits_MV, wishes), wishes)
 
 
-def _draw_from_likely(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    vocab_size, device = logits_MV.shape[1], logits_MV.device
-    params = [draw.sampling for draw in draws]
-    probs_MV, ids_MV = torch.sort(_probabilities(logits_MV, draws), dim=-1, descending=True, stable=True)
-    top_k = _column([p.top_k or vocab_size for p in params], device)
-    probs_MV = probs_MV.masked_fill(torch.arange(vocab_size, device=device) >= top_k, 0.0)
+def _draw_from_likely(logits_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
+    probs_MV, ids_MV = torch.sort(_probabilities(logits_MV, wishes), dim=-1, descending=True, stable=True)
+    probs_MV = probs_MV.masked_fill(torch.arange(probs_MV.shape[1], device=probs_MV.device) >= wishes.top_k_M1, 0.0)
     probs_MV = probs_MV / probs_MV.sum(dim=-1, keepdim=True)
     # A token stays while the mass before it is below top_p, so the most likely one always stays.
     before_MV = probs_MV.cumsum(dim=-1) - probs_MV
-    probs_MV = probs_MV.masked_fill(before_MV >= _column([p.top_p for p in params], device), 0.0)
-    floor_M1 = _column([p.min_p for p in params], device) * probs_MV[:, :1]
-    probs_MV = probs_MV.masked_fill(probs_MV < floor_M1, 0.0)
+    probs_MV = probs_MV.masked_fill(before_MV >= wishes.top_p_M1, 0.0)
+    probs_MV = probs_MV.masked_fill(probs_MV < wishes.min_p_M1 * probs_MV[:, :1], 0.0)
     # Drawn in the order of ids, not of likelihood: two tokens that are equally likely but for rounding would change
     # places, and with them what is drawn, from one company of rows to another.
-    return _invert(torch.zeros_like(probs_MV).scatter_(1, ids_MV, probs_MV), draws)
+    return _invert(torch.zeros_like(probs_MV).scatter_(1, ids_MV, probs_MV), wishes)
 
 
-def _probabilities(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    temperature_M1 = _column([draw.sampling.temperature for draw in draws], logits_MV.device)
-    return torch.softmax(logits_MV.double() / temperature_M1, dim=-1)
+def _probabilities(logits_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
+    return torch.softmax(logits_MV.double() / wishes.temperature_M1, dim=-1)
 
 
-def _invert(probs_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+def _invert(probs_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
     """The first place of each row whose cumulative mass exceeds the row's number; never one without mass."""
     cumulative_MV = probs_MV.cumsum(dim=-1)
     total_M1 = cumulative_MV[:, -1:].contiguous()
-    numbers_M1 = _column([uniform(draw.seed, draw.index) for draw in draws], probs_MV.device)
     below_total_M1 = torch.nextafter(total_M1, torch.zeros_like(total_M1))  # a product may round up to the total
-    sought_M1 = torch.minimum(numbers_M1 * total_M1, below_total_M1)
+    sought_M1 = torch.minimum(wishes.number_M1 * total_M1, below_total_M1)
     return torch.searchsorted(cumulative_MV, sought_M1, right=True).squeeze(1)
-
-
-def _column(values: list[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)

@@ -120,8 +120,8 @@ class ToyModelExecutor(ImmediateExecutor):
     Asserts what a rank relies on: a page to be filled is nobody else's and within its rank's pool, ordinals are in
     order, a new sequence's row starts behind whole pages, and perhaps a copied one, that hold the very KV it would
     compute, any other row goes on where the last one ended, with pages enough and none to spare, steps come in order
-    with the checksum of the newest that was collected. A page is poisoned when it is granted to be filled, so a stale page table changes the
-    tokens.
+    with the checksum of the newest that was collected. A page is poisoned when it is granted to be filled, so a stale
+    page table changes the tokens.
     """
 
     POISON = 0xDEADBEEF

@@ -95,9 +95,7 @@ def test_admission_makes_no_list_of_a_long_prompt() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True], ids=["in-turn", "overlapped"])
 @pytest.mark.parametrize("prompt_tokens", [2**10, 2**20], ids=["1k", "1M"])
-def test_time_of_a_step_of_256_sequences(
-    prompt_tokens: int, overlap: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_time_of_a_step_of_256_sequences(prompt_tokens: int, overlap: bool, capsys: pytest.CaptureFixture[str]) -> None:
     start = time.perf_counter()
     engine = crowd(256, prompt_tokens, overlap=overlap)
     us_per_page = 1e6 * (time.perf_counter() - start) / (256 * prompt_tokens / PAGE_TOKENS)

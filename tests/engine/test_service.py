@@ -222,6 +222,20 @@ def test_a_shutdown_ends_all_requests_and_the_service(how: str) -> None:
         assert front_end.stop.is_set()
 
 
+def test_a_shutdown_with_a_step_in_flight_delivers_its_token() -> None:
+    executor = EchoExecutor()
+    with serving(executor, overlap=True) as front_end:
+        front_end.send(submit("a", 3, 290))
+        front_end.receive()
+        front_end.send(Shutdown())
+        outputs = front_end.outputs_until("a")
+        assert outputs[-1].error == "the engine is shutting down"
+        front_end.join()
+    sampled = sum(bool(batch.rows) for batch in executor.batches)
+    assert sum(len(output.token_ids) for output in outputs) == sampled
+    assert not executor.results
+
+
 def test_a_front_end_that_does_not_read_holds_the_engine_up_and_loses_nothing() -> None:
     executor = EchoExecutor()
     with serving(executor, high_water_mark=5) as front_end:
