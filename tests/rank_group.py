@@ -22,9 +22,9 @@ from leanserve.contracts.messages import StepReport, Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
 from leanserve.distributed.ranks import Ranks
+from leanserve.launch.all_ranks import follow, make_engine
 from leanserve.launch.loading import LoadedRank, load_rank
 from leanserve.launch.place import Place
-from leanserve.launch.rank import follow, make_engine
 from leanserve.model.architecture import read_architecture
 from leanserve.model.decoder import Decoder
 

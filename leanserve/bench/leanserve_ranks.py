@@ -26,9 +26,9 @@ from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
 from leanserve.engine.engine import Engine
 from leanserve.engine.scheduler import Scheduler
+from leanserve.launch.all_ranks import AllRanks, follow, make_engine
 from leanserve.launch.loading import LoadedRank, load_rank
 from leanserve.launch.place import Place
-from leanserve.launch.rank import AllRanks, follow, make_engine
 from leanserve.model.architecture import read_architecture
 
 __all__ = ["engine_on_filled_cache", "run_rank"]

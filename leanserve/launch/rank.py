@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from leanserve.contracts.batch import Batch, IdleCheck, StepResult, Stop
-from leanserve.contracts.config import EngineConfig
+from leanserve.contracts.batch import IdleCheck, Stop
 from leanserve.contracts.errors import ConfigError, EngineError, LeanServeError, ModelError
 from leanserve.contracts.messages import (
     Configure,
@@ -34,11 +33,10 @@ from leanserve.contracts.messages import (
     encode,
 )
 from leanserve.distributed.channel import StepReceiver, StepSender
-from leanserve.engine.engine import Engine
-from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.service import serve
+from leanserve.launch.all_ranks import follow, make_engine
 from leanserve.launch.lifeline import when_gone
-from leanserve.launch.loading import LoadedRank, load_rank
+from leanserve.launch.loading import load_rank
 from leanserve.launch.meeting import Orders, compare_cards, convene, exchange_cards, join, reach_agent
 from leanserve.launch.place import Place
 from leanserve.launch.ranks_process import RUN_DIR_VARIABLE, engine_address
@@ -46,17 +44,13 @@ from leanserve.launch.step_watch import StepWatch, dump_stacks_when_asked
 from leanserve.launch.termination import Termination
 from leanserve.launch.threads import default_threads, user_set_threads
 from leanserve.server.logs import open_log_of_rank
-from leanserve.worker.runner import Runner
 
-__all__ = ["AllRanks", "follow", "main", "make_engine", "run_rank"]
+__all__ = ["main", "run_rank"]
 
 logger = logging.getLogger("leanserve.launch")
 
 CONFIGURE_TIMEOUT_S = 1800.0
 """A front end may first download a model."""
-
-COLLECT_AFTER_MS = 50
-"""After a launch without another, a rank waits for the device instead of rank 0."""
 
 
 @dataclass(frozen=True)
@@ -184,50 +178,6 @@ def _serve_engine(
         sender.close()
 
 
-class AllRanks:
-    """The engine's executor: every step goes out to the other ranks before it is launched here."""
-
-    def __init__(self, runner: Runner, sender: StepSender, watch: StepWatch | None = None) -> None:
-        self._runner = runner
-        self._sender = sender
-        self._watch = watch
-
-    def launch(self, batch: Batch) -> None:
-        self._sender.send(batch)
-        if self._watch is not None:
-            self._watch.begin()
-        self._runner.launch(batch)
-
-    def collect(self) -> StepResult:
-        result = self._runner.collect()
-        if self._watch is not None:
-            self._watch.end(result.step)
-        return result
-
-
-def make_engine(
-    loaded: LoadedRank,
-    config: EngineConfig,
-    sender: StepSender,
-    watch: StepWatch | None = None,
-    *,
-    overlap: bool | None = None,
-) -> Engine:
-    """The engine of rank 0.
-
-    Args:
-        overlap: as of Engine. None: where it pays, which is where a launch does not wait for the device.
-    """
-    info = loaded.info
-    scheduler = Scheduler(loaded.sharding, config.batch, info.max_context_tokens, prefix_cache=info.prefix_cache)
-    return Engine(
-        scheduler,
-        AllRanks(loaded.runner, sender, watch),
-        info.eos_token_ids,
-        overlap=info.captures_graphs if overlap is None else overlap,
-    )
-
-
 def _run_other_rank(member: _Member) -> None:
     place = member.place
     store, orders = join(member.agent_store, CONFIGURE_TIMEOUT_S)
@@ -236,42 +186,6 @@ def _run_other_rank(member: _Member) -> None:
         address = store.get(_steps_key(place.rank)).decode()
         follow(loaded, StepReceiver(member.context, Path(orders.run_dir), place.rank, address=address), watch)
         loaded.ranks.leave()
-
-
-def follow(loaded: LoadedRank, receiver: StepReceiver, watch: StepWatch | None = None) -> None:
-    """Execute what rank 0 says until it says stop.
-
-    A step is collected where rank 0 collected it: before the next one is launched, or after that. Where nothing follows
-    for a while, the last one is.
-    """
-    runner = loaded.runner
-
-    def collect(until_step: int) -> None:
-        """All steps in flight up to this one."""
-        while runner.steps_in_flight and runner.steps_in_flight[0] <= until_step:
-            step = runner.collect().step
-            if watch is not None:
-                watch.end(step)
-
-    try:
-        newest = 0
-        while not isinstance(message := receiver.receive(COLLECT_AFTER_MS if runner.steps_in_flight else None), Stop):
-            collect(message.checked_step if isinstance(message, Batch) else newest)
-            if message is None:
-                continue
-            if watch is not None:
-                watch.begin()
-            if isinstance(message, Batch):
-                runner.launch(message)
-                newest = message.step
-                collect(newest - 1)
-            else:
-                runner.compare_pasts()
-                if watch is not None:
-                    watch.end()
-        collect(newest)
-    finally:
-        receiver.close()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from llguidance import LLTokenizer
 
@@ -16,7 +15,6 @@ from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.step import StepAttention
 from leanserve.contracts.batch import Batch, Row, StepResult, StepTimes, step_checksum
 from leanserve.contracts.errors import DesyncError
-from leanserve.contracts.logprobs import Logprobs
 from leanserve.distributed.ranks import Ranks
 from leanserve.distributed.stopwatch import Stopwatch
 from leanserve.model.decoder import Decoder
@@ -24,28 +22,12 @@ from leanserve.worker.adjustments import Adjustments
 from leanserve.worker.decode_rows import DecodeRows
 from leanserve.worker.graphs import DecodeGraphs, capture_sizes
 from leanserve.worker.inputs import PrefillSamples, StepInputs, decode_inputs, mixed_inputs, split_rows
-from leanserve.worker.logprobs import score, score_prompts, unpack, unpack_prompts
+from leanserve.worker.logprobs import PromptScores, TokenScores, score_prompts, score_tokens
 from leanserve.worker.sampler import Draw, sample
 from leanserve.worker.sequences import LiveSequence, LiveSequences
-from leanserve.worker.transfers import Download, upload
+from leanserve.worker.transfers import Download
 
 __all__ = ["Runner"]
-
-
-@dataclass(frozen=True)
-class _PromptScores:
-    packed: Download
-    """As of `score_prompts`."""
-    spans: list[tuple[int, int, int]]
-    """As of ScoredTokens."""
-
-
-@dataclass(frozen=True)
-class _TokenScores:
-    packed: Download
-    """As of `score`."""
-    num_top: dict[int, int]
-    """By place among the step's tokens, in the order of the rows scored: how many of the most likely are asked for."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +38,7 @@ class _Sampled:
     sequences: list[LiveSequence]
     tokens_M: Download
     """int64."""
-    scores: _TokenScores | None = None
+    scores: TokenScores | None = None
     failed: dict[int, str] = field(default_factory=dict)
     """As of StepResult."""
 
@@ -67,7 +49,7 @@ class _Launched:
 
     step: int
     sampled: _Sampled
-    prompt_scores: _PromptScores | None
+    prompt_scores: PromptScores | None
     times: StepTimes | None
     """None on a GPU: known when the step is done."""
 
@@ -164,7 +146,7 @@ class Runner:
         Only rank 0's result has more than those.
         """
         launched = self._in_flight.popleft()
-        sampled, prompt_scores = launched.sampled, launched.prompt_scores
+        sampled = launched.sampled
         token_ids: list[int] = sampled.tokens_M.wait().tolist()
         for sequence, token_id in zip(sampled.sequences, token_ids, strict=True):
             sequence.append_token(token_id)
@@ -176,15 +158,13 @@ class Runner:
             launched.step,
             token_ids,
             times=self._times() if launched.times is None else launched.times,
-            logprobs={} if sampled.scores is None else _unpacked(sampled.scores),
-            prompt_logprobs={}
-            if prompt_scores is None
-            else unpack_prompts(prompt_scores.packed.wait().numpy(), prompt_scores.spans),
+            logprobs={} if sampled.scores is None else sampled.scores.wait(),
+            prompt_logprobs={} if launched.prompt_scores is None else launched.prompt_scores.wait(),
             complete=self._adjustments.accept(sampled.sequence_ids, token_ids),
             failed=sampled.failed,
         )
 
-    def _compute(self, rows: list[Row]) -> tuple[_Sampled, _PromptScores | None]:
+    def _compute(self, rows: list[Row]) -> tuple[_Sampled, PromptScores | None]:
         """The model over all rows, then one token for each that samples."""
         decode_rows, prefill_rows = split_rows(rows)
         logits_MV, prompt_scores = None, None
@@ -212,15 +192,12 @@ class Runner:
 
     def _decode_and_prefill(
         self, num_decode: int, prefill_rows: list[Row]
-    ) -> tuple[torch.Tensor | None, _PromptScores | None]:
+    ) -> tuple[torch.Tensor | None, PromptScores | None]:
         """Rank 0's logits of all rows that sample (None where there are none), and of prompts that are scored."""
         decode = self._decode_rows.inputs(num_decode)
         inputs = mixed_inputs(decode, prefill_rows, self._live, self._shard.page_tokens, self._ranks)
         hidden_NC = self._hidden(inputs)
-        scores = None
-        if inputs.scored is not None:
-            packed = score_prompts(self._decoder, hidden_NC, inputs.scored, self._ranks)
-            scores = None if packed is None else _PromptScores(Download(packed), inputs.scored.spans)
+        scores = None if inputs.scored is None else score_prompts(self._decoder, hidden_NC, inputs.scored, self._ranks)
         hidden_MC = torch.cat([hidden_NC[:num_decode], self._prefill_hidden(hidden_NC, inputs.prefill_samples)])
         return self._decoder.logits(hidden_MC) if hidden_MC.shape[0] else None, scores
 
@@ -272,7 +249,7 @@ class Runner:
             adjusted_MV, failed = self._adjustments.adjust(logits_MV, sequence_ids, num_outputs)
             tokens_M = self._tell(sample(adjusted_MV, draws), sequences)
             self._adjustments.count(sequence_ids, tokens_M)
-        scores = _token_scores(logits_MV, tokens_M, sequences)
+        scores = score_tokens(logits_MV, tokens_M, sequences)
         return _Sampled(sequence_ids, sequences, Download(tokens_M), scores, failed)
 
     def _tell(self, tokens_M: torch.Tensor, sequences: list[LiveSequence]) -> torch.Tensor:
@@ -305,18 +282,3 @@ class Runner:
                 f"rank {rank} has checksum {self._checksums[step]:#010x} for step {step}, "
                 f"rank 0 has {batch.checksum:#010x}: the ranks have drifted apart"
             )
-
-
-def _token_scores(logits_MV: torch.Tensor, tokens_M: torch.Tensor, sampled: list[LiveSequence]) -> _TokenScores | None:
-    """Of the rows that ask for them."""
-    num_top = {m: s.sampling.logprobs for m, s in enumerate(sampled) if s.sampling.logprobs is not None}
-    if not num_top:
-        return None
-    rows = upload(np.array(list(num_top)), logits_MV.device)
-    return _TokenScores(Download(score(logits_MV[rows], tokens_M[rows], max(num_top.values()))), num_top)
-
-
-def _unpacked(scores: _TokenScores) -> dict[int, Logprobs]:
-    """By place among the step's tokens."""
-    packed = scores.packed.wait().numpy()
-    return {m: unpack(packed[i : i + 1], num_top) for i, (m, num_top) in enumerate(scores.num_top.items())}

@@ -10,8 +10,8 @@ import zmq
 
 from leanserve.contracts.batch import Batch, IdleCheck, StepResult, Stop
 from leanserve.launch import step_watch
+from leanserve.launch.all_ranks import follow
 from leanserve.launch.meeting import Card
-from leanserve.launch.rank import follow
 from leanserve.launch.step_watch import StepWatch
 
 

@@ -145,6 +145,21 @@ def test_a_step_in_which_nobody_comes_goes_or_grows_uploads_nothing(monkeypatch)
     assert uploads[1] == 3 + 3 + 4, "a page costs four numbers, and each row two"
 
 
+def test_tokens_that_the_host_does_not_know_yet_are_found_on_the_device():
+    """One that decodes on, and one whose prompt has just ended; they change places, and another joins between them."""
+    live = LiveSequences(0, T)
+    new = [NewSequence(i, np.arange(2, dtype=np.int32).tobytes(), 2, SamplingParams(), 0) for i in range(3)]
+    live.apply([], new, [PageGrant(i, 0, 0, i) for i in range(3)])
+    rows = DecodeRows(max_rows=3, max_pages=4, page_tokens=T, device=CPU)
+    rows.arrange([Row(0, 1, 1, True)], [live[0]])
+    rows.advance(torch.tensor([70, 71]), [live[0], live[1]])
+    rows.arrange([Row(1, 2, 1, True), Row(2, 1, 1, True), Row(0, 2, 1, True)], [live[1], live[2], live[0]])
+    assert [(token, position) for token, position, *_ in found(rows, 3, [1, 1, 1])] == [(71, 2), (1, 1), (70, 2)]
+    rows.advance(torch.tensor([81, 82, 80]), [live[1], live[2], live[0]])
+    rows.arrange([Row(0, 3, 1, True), Row(1, 3, 1, True)], [live[0], live[1]])
+    assert [(token, position) for token, position, *_ in found(rows, 2, [1, 1])] == [(80, 3), (81, 3)]
+
+
 def test_a_sequence_that_was_sent_away_and_starts_again_at_once_is_another_one():
     """Same id, same step, other pages: nothing of what the device had may stay."""
     live = LiveSequences(0, T)
