@@ -1,4 +1,5 @@
-"""`bench gpu`: decode steps on one GPU, with CUDA graphs and without, and what must be the same either way."""
+"""`bench gpu`: decode steps on one GPU, with CUDA graphs and steps that overlap, without both, and what must be the same
+either way."""
 
 import gc
 import os
