@@ -1,4 +1,6 @@
-"""Steps that overlap: each is launched before the tokens of the one before are known, and the tokens are the same."""
+"""Steps that overlap: each is launched before the tokens of the one before are known, and the tokens are the same.
+
+Some of it runs on three ranks in `test_exactness`, whose ranks are there already."""
 
 from dataclasses import replace
 
@@ -70,7 +72,7 @@ def in_turn(model_dir):
     return run_cases(1, other_cases(model_dir))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_tokens_are_those_of_steps_in_turn(model_dir, in_turn, num_ranks):
     greedy, others = greedy_cases(model_dir, num_ranks), other_cases(model_dir)
     answers = run_cases(num_ranks, [replace(case, overlap=True) for case in [*greedy.values(), *others]])

@@ -1,4 +1,4 @@
-"""`bench gpu`: decode steps on one GPU, with CUDA graphs and steps that overlap, without both, and what must be the same
+"""`bench gpu`: decode steps on one GPU, with CUDA graphs and overlapping steps and without, and what must be the same
 either way."""
 
 import gc
