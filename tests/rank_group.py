@@ -22,9 +22,9 @@ from leanserve.contracts.messages import StepReport, Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
 from leanserve.distributed.ranks import Ranks
+from leanserve.launch.all_ranks import follow, make_engine
 from leanserve.launch.loading import LoadedRank, load_rank
 from leanserve.launch.place import Place
-from leanserve.launch.rank import follow, make_engine
 from leanserve.model.architecture import read_architecture
 from leanserve.model.decoder import Decoder
 
@@ -46,6 +46,10 @@ class Case:
     """cuda: all ranks on one GPU, through Gloo."""
     attention: str = "auto"
     weights: str = "auto"
+    overlap: bool = False
+    """Launch each step before the one before it is collected, as on a GPU."""
+    abort_after: int | None = None
+    """Every third prompt is aborted when it has given so many tokens, with a step in flight where steps overlap."""
     seeds: Sequence[int] = ()
     """One for each prompt, if any, in place of the sampling's own."""
     counts_traffic: bool = False
@@ -96,6 +100,8 @@ class Answer:
     cached_tokens: list[int]
     """By prompt: tokens that were in the prefix cache."""
     step_reports: list[StepReport] = field(default_factory=list)
+    num_ahead: int = 0
+    """How many steps were in flight when the engine had done another."""
     traffic: list[list[StepTraffic]] = field(default_factory=list)
     """With counts_traffic: of each rank, its steps that computed something."""
     logprobs: list[list[tuple[float, int, list[tuple[int, float]]]]] = field(default_factory=list)
@@ -177,19 +183,20 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
             return logits
 
         loaded.decoder.logits = keep  # type: ignore[method-assign]
-    engine = make_engine(loaded, config, sender)
+    engine = make_engine(loaded, config, sender, overlap=case.overlap)
     token_ids: list[list[int]] = [[] for _ in case.prompts]
     reasons = [""] * len(case.prompts)
     cached_tokens = [0] * len(case.prompts)
     step_reports: list[StepReport] = []
     logprobs: list[list[Any]] = [[] for _ in case.prompts]
     prompt_logprobs: list[list[Any]] = [[] for _ in case.prompts]
-    pages_left = preemptions = 0
+    pages_left = preemptions = num_ahead = 0
 
     def drain() -> None:
-        nonlocal pages_left, preemptions
+        nonlocal pages_left, preemptions, num_ahead
         while engine.has_work:
             report = engine.report(engine.step())
+            num_ahead += len(loaded.runner.steps_in_flight)
             for output in report.outputs:
                 token_ids[int(output.request_id)] += output.token_ids
                 cached_tokens[int(output.request_id)] += output.cached_tokens
@@ -201,8 +208,13 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
                 if output.finish_reason is not None:
                     assert reasons[int(output.request_id)] == "", "a request ended twice"
                     reasons[int(output.request_id)] = output.finish_reason
-            assert report.step_report is not None
-            step_reports.append(report.step_report)
+            if report.step_report is not None:
+                step_reports.append(report.step_report)
+            for index, given in enumerate(token_ids):
+                if case.abort_after is not None and index % 3 == 0 and len(given) >= case.abort_after:
+                    aborted = engine.abort(str(index))
+                    if aborted is not None:
+                        reasons[index] = aborted.finish_reason or ""
             pages_left, preemptions = sum(report.pages_used_per_rank), report.preemptions
 
     for index, prompt in enumerate(case.prompts):
@@ -219,6 +231,7 @@ def _answer(loaded: LoadedRank, case: Case, config: EngineConfig, sender: StepSe
         pages_left,
         cached_tokens,
         step_reports,
+        num_ahead,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         rows_logits=kept,
@@ -266,14 +279,14 @@ def _counted_traffic(case: Case, file: Path) -> Iterator[None]:
 def _break_page(loaded: LoadedRank, case: Case) -> None:
     """Overwrite one page of this rank with zeros before every step but the first."""
     assert case.broken_page is not None
-    execute, page = loaded.runner.execute, case.broken_page[1]
+    launch, page = loaded.runner.launch, case.broken_page[1]
     steps = 0
 
-    def execute_broken(batch):
+    def launch_broken(batch):
         nonlocal steps
         steps += 1
         if steps > 1:
             loaded.shard.pool_L2PKTD[:, :, page] = 0
-        return execute(batch)
+        launch(batch)
 
-    loaded.runner.execute = execute_broken  # type: ignore[method-assign]
+    loaded.runner.launch = launch_broken  # type: ignore[method-assign]

@@ -110,6 +110,9 @@ def group(request, model_dirs) -> Group:
     num_ranks = request.param
     cases = cases_of(model_dirs)
     cases += [(f"{cut}", chunked_case(model_dirs["qwen2"], **cut)) for cut in CHUNKS if cut["ranks"] == num_ranks]
+    if num_ranks == 3:
+        cases += [(f"{name}, overlapped", replace(case, overlap=True)) for name, case in cases if "qwen3" in name]
+        cases.append(("tight pool, overlapped", replace(tight_pool(model_dirs, num_ranks), overlap=True)))
     cases.append(("tight pool", tight_pool(model_dirs, num_ranks)))
     cases.append(("counted", counted_prefill(model_dirs)))
     samples = four_samples(model_dirs)
@@ -123,6 +126,7 @@ def test_greedy_tokens_equal_transformers(group):
         assert answer.token_ids == hf_greedy(case.model_dir, case.prompts, case.sampling.max_tokens), name
         assert answer.finish_reasons == ["length"] * len(case.prompts), name
         assert answer.pages_left == 0, name
+        assert (answer.num_ahead > 0) == case.overlap, name
     assert group.tight_pool.preemptions > 0
 
 

@@ -26,9 +26,10 @@ def operator(
         fake: the same arguments; returns empty tensors of the shapes and dtypes that the function would give.
         mutates_args: the arguments it writes to.
     """
-
     namespace, _, short_name = name.partition("::")
-    library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    library = _libraries[namespace]
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         library.define(short_name + torch.library.infer_schema(function, mutates_args=mutates_args))

@@ -1,4 +1,5 @@
-"""`bench gpu`: decode steps on one GPU, with and without CUDA graphs and fused kernels, and what must be the same."""
+"""`bench gpu`: decode steps on one GPU, with CUDA graphs, overlapping steps and fused kernels and without them, and what
+must be the same either way."""
 
 import gc
 import os

@@ -23,7 +23,7 @@ class StepFigures(msgspec.Struct, frozen=True, kw_only=True):
     sample_ms: float
     """Of it: the choice of tokens, by the device's clock."""
     schedule_ms: float
-    """Of it: the engine's own work on the host."""
+    """The engine's own work on the host: a part of it in the eager mode, and with graphs beside it."""
     tokens_per_s: float
     steps: int
 

@@ -19,16 +19,16 @@ import zmq
 from leanserve.bench.noise import fill_with_noise, random_prompts
 from leanserve.bench.system import tasks_from
 from leanserve.bench.task import MAX_STEPS, Quantity, StepClock, Task, Timing, repeated
-from leanserve.contracts.batch import Batch, Row, StepResult, Stop
+from leanserve.contracts.batch import Batch, Row, Stop
 from leanserve.contracts.config import BatchOptions, CacheOptions, Device, EngineConfig
 from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
 from leanserve.engine.engine import Engine
 from leanserve.engine.scheduler import Scheduler
+from leanserve.launch.all_ranks import AllRanks, follow, make_engine
 from leanserve.launch.loading import LoadedRank, load_rank
 from leanserve.launch.place import Place
-from leanserve.launch.rank import follow, make_engine
 from leanserve.model.architecture import read_architecture
 
 __all__ = ["engine_on_filled_cache", "run_rank"]
@@ -175,14 +175,16 @@ def engine_on_filled_cache(loaded: LoadedRank, config: EngineConfig, sender: Ste
 
     Of the prompt itself only the last token is computed, everything after it as ever.
     """
+    scheduler = Scheduler(loaded.sharding, config.batch, loaded.info.max_context_tokens)
+    return Engine(scheduler, _LastTokens(loaded.runner, sender), (), overlap=loaded.info.captures_graphs)
 
-    def execute(batch: Batch) -> StepResult:
+
+class _LastTokens(AllRanks):
+    """Computes of each row the last token alone."""
+
+    def launch(self, batch: Batch) -> None:
         rows = [Row(row.sequence_id, row.start + row.count - 1, 1, row.samples) for row in batch.rows]
-        sent = msgspec.structs.replace(batch, rows=rows)
-        sender.send(sent)
-        return loaded.runner.execute(sent)
-
-    return Engine(Scheduler(loaded.sharding, config.batch, loaded.info.max_context_tokens), execute, ())
+        super().launch(msgspec.structs.replace(batch, rows=rows))
 
 
 _MEASURES: dict[Quantity, Callable[[LoadedRank, EngineConfig, StepSender, Task], Timing]] = {

@@ -18,10 +18,10 @@ from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepSender
 from leanserve.engine.engine import Engine
+from leanserve.launch.all_ranks import make_engine
 from leanserve.launch.loading import load_rank
 from leanserve.launch.options import LaunchOptions
 from leanserve.launch.place import Place
-from leanserve.launch.rank import make_engine
 from leanserve.model.architecture import read_architecture
 
 __all__ = ["Waits", "measure_waits"]

@@ -42,7 +42,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     """A step message. Ranks apply it in this order: dropped, started, grants, copies, rows.
 
     `rows` holds decode rows (count 1, samples true) first, prefill chunks after them. A row's tokens are either in
-    `started`, or were sampled in an earlier step, which every rank has seen.
+    `started`, or were sampled in an earlier step, which every rank has launched.
     """
 
     step: int
@@ -56,7 +56,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     """All sources are read before any target is written: a page may be both."""
     rows: list[Row]
     checked_step: int
-    """The newest step that rank 0 completed (0: none), and ..."""
+    """The newest step that rank 0 completed (0: none), the last one or the one before that, and ..."""
     checksum: int
     """... its checksum: a rank that has another one for it stops with DesyncError."""
 
@@ -70,10 +70,7 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
 
 
 class StepTimes(msgspec.Struct, frozen=True, array_like=True):
-    """Where rank 0's device spent a step, in seconds.
-
-    On a GPU the host does not wait for these: of a step that samples nothing they are told with a later one.
-    """
+    """Where rank 0's device spent a step, in seconds. (On a GPU: what it did between two steps that were collected.)"""
 
     forward_s: float = 0.0
     """Laying out the inputs, the model's layers and logits."""

@@ -82,8 +82,9 @@ class EngineConfig:
     """Where attention is Triton's, so is what lies between a layer's matrix products, in one launch each. False: in
     PyTorch, to compare."""
     enforce_eager: bool = False
-    """Launch every kernel of a decode step anew. False: replay CUDA graphs where the device, the attention and the
-    collectives allow it."""
+    """Launch every kernel of a decode step anew, and each step when the one before it is done. False: replay CUDA
+    graphs, and launch a step while the one before it runs, where the device, the attention and the collectives allow
+    it."""
     weights: Weights = "auto"
     """replicated: every rank holds all of them. mlp: MLP and vocabulary are split over the ranks. all: attention
     projections too. auto: whichever makes a decode step shortest, by an estimate."""

@@ -101,7 +101,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     attention: str
     """`triton` or `portable`."""
     captures_graphs: bool = False
-    """Whether decode steps are replayed as CUDA graphs."""
+    """Whether decode steps are replayed as CUDA graphs; and where a launch thus does not wait for the device, steps
+    overlap."""
     prefix_cache: bool = False
     """Whether requests that begin alike share pages."""
     weights: str = ""
@@ -161,7 +162,11 @@ class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):
-    """What one step held and took. Every step is reported once."""
+    """What one step held and took. Every step is reported once, when its tokens are known.
+
+    Where steps overlap, the host plans this one and books the one before it while the device computes the one before
+    it: a step then takes about as long as the longer of the two, and not as their sum.
+    """
 
     decode_rows: int
     """Sequences that lacked one token: running streams, and now and then a prompt's last token."""
@@ -170,6 +175,9 @@ class StepReport(msgspec.Struct, frozen=True, array_like=True):
     schedule_s: float
     """Choosing the step's work and booking its results, on the host."""
     times: StepTimes
+    step_s: float
+    """From when it began, or the one before it ended if that was later, until its results were booked. So busy steps
+    add up to the time that has passed, overlapped or not."""
 
 
 class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
@@ -179,6 +187,7 @@ class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
     """
 
     step: int
+    """The newest step whose tokens are known."""
     outputs: list[TokenOutput]
     running: int
     waiting: int

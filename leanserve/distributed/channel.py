@@ -72,8 +72,10 @@ class StepReceiver:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(address or _address(run_dir, rank))
 
-    def receive(self) -> ToRank:
-        """The next step; waits for it without a limit (an idle server is the ordinary case)."""
+    def receive(self, timeout_ms: int | None = None) -> ToRank | None:
+        """The next step; waits for it without a limit (an idle server is the ordinary case), or returns None."""
+        if timeout_ms is not None and not self._socket.poll(timeout_ms):
+            return None
         payload = self._socket.recv()
         try:
             return _decode(payload)

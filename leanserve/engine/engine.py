@@ -3,12 +3,15 @@ it goes."""
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import takewhile
+from typing import Protocol
 
 import msgspec
 
-from leanserve.contracts.batch import Batch, StepResult
+from leanserve.contracts.batch import Batch, Row, StepResult, StepTimes
 from leanserve.contracts.errors import EngineError, RequestError
 from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.messages import (
@@ -22,24 +25,61 @@ from leanserve.contracts.sampling import FinishReason
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Executor"]
+
+
+class Executor(Protocol):
+    """Computes batches on all ranks, in the order in which they are launched."""
+
+    def launch(self, batch: Batch) -> None:
+        """Begin a batch, which may have no rows. At most one other may be in flight."""
+        ...
+
+    def collect(self) -> StepResult:
+        """The oldest batch in flight, waited for: one token per sampling row."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step in flight."""
+
+    batch: Batch
+    began_s: float
+    schedule_s: float
 
 
 class Engine:
-    """Every accepted request gets exactly one TokenOutput with a finish reason: from `step`, `abort` or `fail`."""
+    """Every accepted request gets exactly one TokenOutput with a finish reason: from `step`, `collect`, `abort` or
+    `fail`.
+
+    Where steps overlap, one stays in flight: the next is planned and launched before its tokens are known, unless
+    `Scheduler.must_know_tokens`. A request that ends with one of them has a row too many in the next step; what that
+    gives is dropped.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
-        execute: Callable[[Batch], StepResult],
+        executor: Executor,
         eos_token_ids: Iterable[int],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        overlap: bool = False,
     ) -> None:
-        """`execute` runs a batch on all ranks and returns one token per sampling row; the batch may have no rows.
-        `clock` tells when a request came, in seconds."""
+        """
+        Args:
+            clock: tells when a request came, in seconds.
+            overlap: plan and launch a step while the one before it runs.
+        """
         self._scheduler = scheduler
         self._clock = clock
-        self._execute = execute
+        self._executor = executor
+        self._overlap = overlap
+        self._launched: deque[_Launched] = deque()
+        """Steps in flight, the oldest first: two at most, and only within `step`."""
+        self._collected_s = 0.0
+        """When the newest one was."""
         self._eos_token_ids = frozenset(eos_token_ids)
         self._live: dict[str, Sequence] = {}
         self._next_sequence_id = 1
@@ -50,8 +90,9 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """A step would do something: compute tokens, or tell the ranks what to forget."""
-        return self._scheduler.has_work
+        """A step would do something: compute tokens, take those of a step in flight, or tell the ranks what to
+        forget."""
+        return bool(self._launched) or self._scheduler.has_work
 
     def submit(self, request: Submit) -> None:
         """Accept a request.
@@ -98,19 +139,32 @@ class Engine:
         return self._end(self._live[request_id], "abort") if request_id in self._live else None
 
     def step(self) -> list[TokenOutput]:
-        """Compute one step. What `execute` raises comes through: the engine is then only good for `fail`."""
-        started_s = time.perf_counter()
+        """Launch the next step, and collect it or, where steps overlap, the one before it.
+
+        What the executor raises comes through: the engine is then only good for `fail`.
+        """
+        must_collect = bool(self._launched) and self._scheduler.must_know_tokens
+        outputs = self.collect() if must_collect else []
+        began_s = time.perf_counter()
         batch = self._scheduler.next_batch()
-        if batch is None:
+        if batch is not None:
+            self._launched.append(_Launched(batch, began_s, time.perf_counter() - began_s))
+            self._executor.launch(batch)
+        num_staying = 1 if self._overlap and batch is not None else 0
+        if len(self._launched) > num_staying:
+            outputs += self.collect()
+        return outputs
+
+    def collect(self) -> list[TokenOutput]:
+        """Wait for the oldest step in flight; nothing where there is none."""
+        if not self._launched:
             return []
-        scheduled_s = time.perf_counter()
-        result = self._execute(batch)
+        launched = self._launched.popleft()
+        result = self._executor.collect()
         executed_s = time.perf_counter()
-        outputs = self._finish(batch, result)
-        host_s = scheduled_s - started_s + time.perf_counter() - executed_s
-        decode_rows = sum(1 for _ in takewhile(lambda row: row.count == 1, batch.rows))
-        prefill_tokens = sum(row.count for row in batch.rows[decode_rows:])
-        self._step_report = StepReport(decode_rows, prefill_tokens, host_s, result.times)
+        outputs = self._finish(launched.batch, result)
+        self._step_report = _report(launched, result.times, executed_s, previous_s=self._collected_s)
+        self._collected_s = time.perf_counter()
         return outputs
 
     def fail(self, message: str) -> list[TokenOutput]:
@@ -123,7 +177,7 @@ class Engine:
         prefills, self._prefills = self._prefills, ()
         step_report, self._step_report = self._step_report, None
         return TokenOutputs(
-            step=scheduler.step,
+            step=scheduler.completed_step,
             outputs=outputs,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
@@ -144,7 +198,7 @@ class Engine:
                 f"the executor gave {len(result.token_ids)} for step {result.step}"
             )
         outputs = self._prompt_scores(result)
-        for place, (sequence, token_id) in enumerate(self._scheduler.complete(batch, result)):
+        for place, sequence, token_id in self._scheduler.complete(batch, result):
             if sequence.id in result.failed:
                 ended = self._end(sequence, "error", result.failed[sequence.id])
                 outputs.append(
@@ -170,7 +224,7 @@ class Engine:
                 )
             else:
                 outputs.append(self._end(sequence, reason, None, token_id, logprobs, page_owners))
-        self._prefills = tuple(_progress(sequence) for sequence in self._scheduler.prefilling(batch))
+        self._prefills = tuple(_progress(sequence, row) for sequence, row in self._scheduler.prefilling(batch))
         return outputs
 
     def _prompt_scores(self, result: StepResult) -> list[TokenOutput]:
@@ -208,10 +262,20 @@ class Engine:
         )
 
 
-def _progress(sequence: Sequence) -> PrefillProgress:
-    return PrefillProgress(
-        sequence.request_id, sequence.cached_tokens or 0, sequence.num_computed_tokens, sequence.num_tokens
-    )
+def _report(launched: _Launched, times: StepTimes, executed_s: float, *, previous_s: float) -> StepReport:
+    """What a step that has just been booked held and took; its result came at `executed_s`, and the step before was
+    booked at `previous_s`."""
+    rows = launched.batch.rows
+    decode_rows = sum(1 for _ in takewhile(lambda row: row.count == 1, rows))
+    prefill_tokens = sum(row.count for row in rows[decode_rows:])
+    booked_s = time.perf_counter()
+    schedule_s = launched.schedule_s + booked_s - executed_s
+    return StepReport(decode_rows, prefill_tokens, schedule_s, times, booked_s - max(launched.began_s, previous_s))
+
+
+def _progress(sequence: Sequence, row: Row) -> PrefillProgress:
+    end = row.start + row.count
+    return PrefillProgress(sequence.request_id, sequence.cached_tokens or 0, end, sequence.num_tokens)
 
 
 def _cached_tokens_to_tell(sequence: Sequence) -> int:

@@ -110,32 +110,43 @@ class PrefixReuse:
 
     def start(self, sequence: Sequence, step: int) -> None:
         """A sequence begins to compute, in step `step`, behind what it took over."""
+        sequence.num_noted_tokens = sequence.num_computed_tokens
         self._lead(sequence, sequence.num_computed_tokens // self._page_tokens, step)
 
-    def note(self, sequence: Sequence, start: int, step: int) -> None:
-        """A sequence has computed its tokens from `start` on in step `step`: others may share them."""
-        namer = self._namer
-        first, end = start // self._page_tokens, sequence.num_computed_tokens // self._page_tokens
-        if namer is None:
+    def note(self, sequence: Sequence, step: int) -> None:
+        """Step `step` is launched and computes a sequence's tokens: later steps may share those that are known.
+
+        Every rank computes steps in their order, so what this one stores is there when a later one reads it.
+        """
+        if self._namer is None:
             return
-        if first < end:
-            names = self._names(sequence, first, end, namer)
-            parent = self._parent(sequence, first, namer)
-            for ordinal, name in enumerate(names, first):
-                tokens = sequence.token_bytes(ordinal * self._page_tokens, (ordinal + 1) * self._page_tokens)
-                self._allocator.publish(sequence.pages, ordinal, name)
-                self._allocator.remember(sequence.pages, ordinal, parent, tokens)
-                parent = name
-            if sequence.leads is not None:
-                self._lead(sequence, end, step)
-        if start < sequence.num_prompt_tokens <= sequence.num_computed_tokens:
-            self._remember_last_page(sequence, namer)
+        start = sequence.num_noted_tokens
+        if self._publish(sequence, self._namer) and sequence.leads is not None:
+            self._lead(sequence, sequence.num_noted_tokens // self._page_tokens, step)
+        if start < sequence.num_prompt_tokens <= sequence.num_noted_tokens:
+            self._remember_last_page(sequence, self._namer)
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence is about to give its pages back."""
         self._stop_leading(sequence)
         if self._namer is not None:
+            self._publish(sequence, self._namer)
             self._remember_last_page(sequence, self._namer)
+
+    def _publish(self, sequence: Sequence, namer: PageNamer) -> bool:
+        """Let others share pages that have become full with tokens that are known. Returns whether there are any."""
+        first = sequence.num_noted_tokens // self._page_tokens
+        sequence.num_noted_tokens = min(sequence.num_computed_tokens, sequence.num_tokens)
+        end = sequence.num_noted_tokens // self._page_tokens
+        if first == end:
+            return False
+        parent = self._parent(sequence, first, namer)
+        for ordinal, name in enumerate(self._names(sequence, first, end, namer), first):
+            tokens = sequence.token_bytes(ordinal * self._page_tokens, (ordinal + 1) * self._page_tokens)
+            self._allocator.publish(sequence.pages, ordinal, name)
+            self._allocator.remember(sequence.pages, ordinal, parent, tokens)
+            parent = name
+        return True
 
     def _lead(self, sequence: Sequence, ordinal: int, step: int) -> None:
         self._stop_leading(sequence)
@@ -153,10 +164,10 @@ class PrefixReuse:
 
     def _remember_last_page(self, sequence: Sequence, namer: PageNamer) -> None:
         """Let others copy the tokens of the page that is not full yet."""
-        ordinal, tokens = divmod(sequence.num_computed_tokens, self._page_tokens)
+        ordinal, tokens = divmod(sequence.num_noted_tokens, self._page_tokens)
         if tokens:
             parent = self._parent(sequence, ordinal, namer)
-            token_ids = sequence.token_bytes(ordinal * self._page_tokens, sequence.num_computed_tokens)
+            token_ids = sequence.token_bytes(ordinal * self._page_tokens, sequence.num_noted_tokens)
             self._allocator.remember(sequence.pages, ordinal, parent, token_ids)
 
     def _parent(self, sequence: Sequence, ordinal: int, namer: PageNamer) -> bytes:

@@ -29,6 +29,10 @@ class Scheduler:
       It returns only when everybody has room to grow, twice as much each time it was sent away, so the number of times
       is logarithmic in the longest completion asked for. Who is less urgent than the head of the queue gives way too,
       where the head can start for it.
+
+    A step can be planned while the one before is in flight: all of the above needs counts of tokens, and who samples
+    gets one more. Who turns out to have ended with it has a row too many, whose token means nothing. Its pages may be
+    granted again at once: every rank computes steps in their order.
     """
 
     def __init__(
@@ -61,6 +65,37 @@ class Scheduler:
         """Released since the last batch; the ranks do not know yet."""
         self._completed = (0, 0)
         """The newest completed step and its checksum."""
+
+    @property
+    def completed_step(self) -> int:
+        """The newest step whose tokens are known; 0 before the first."""
+        return self._completed[0]
+
+    @property
+    def must_know_tokens(self) -> bool:
+        """Whether the tokens of the step in flight have to be known before the next one is planned. Costs O(running).
+
+        - A grammar says what may follow only once it has read the newest token.
+        - Somebody may have to be sent away: for lack of pages, or for the head of the queue. The step in flight may end
+          another, so that nobody has to; and who is sent away starts again with all of its tokens.
+
+        Nothing else needs them: positions and pages follow from counts, the devices keep each row's newest token where
+        the next step reads it, and count there what is penalized.
+        """
+        if self._urgent_head() is not None:
+            return True
+        free_pages = self._allocator.num_free
+        kept_pages = 0
+        for sequence in self._running.values():
+            if sequence.sampling.structured_outputs is not None and sequence.num_scheduled_tokens > sequence.num_tokens:
+                return True
+            if sequence.num_scheduled_tokens - sequence.num_computed_tokens != 1:
+                kept_pages += self._missing_pages(sequence)
+            elif sequence.num_computed_tokens % self.sharding.page_tokens == 0 and not sequence.is_all_scheduled:
+                if free_pages <= kept_pages:
+                    return True
+                free_pages -= 1
+        return False
 
     @property
     def num_running(self) -> int:
@@ -108,7 +143,8 @@ class Scheduler:
         sequence.state = SequenceState.FINISHED
 
     def next_batch(self) -> Batch | None:
-        """The next step, or None when there is nothing to do or to tell. Costs O(rows + pages granted)."""
+        """The next step, to be launched now, or None when there is nothing to do or to tell. Costs O(rows + pages
+        granted). While a step is in flight, `must_know_tokens` has to be false."""
         grants: list[PageGrant] = []
         copies: list[PageCopy] = []
         self._waiting.rejoin(self._still_follows)
@@ -121,29 +157,40 @@ class Scheduler:
         if not rows and not self._dropped:
             return None
         self.step += 1
+        started = [sequence.as_new() for sequence in admitted]
+        for row in rows:
+            self._note_launch(row)
         dropped, self._dropped = self._dropped, []
-        return Batch(self.step, dropped, [s.as_new() for s in admitted], grants, copies, rows, *self._completed)
+        return Batch(self.step, dropped, started, grants, copies, rows, *self._completed)
 
-    def complete(self, batch: Batch, result: StepResult) -> list[tuple[Sequence, int]]:
-        """Note that a batch is computed. Returns the sequences that got a token, with the token, in row order."""
+    def complete(self, batch: Batch, result: StepResult) -> list[tuple[int, Sequence, int]]:
+        """Note that the oldest batch in flight is computed.
+
+        Returns:
+            (place in the result's tokens, sequence, token) for those that run still, in row order.
+        """
         self._completed = (batch.step, step_checksum(result.step, result.token_ids))
-        token_ids = iter(result.token_ids)
-        sampled: list[tuple[Sequence, int]] = []
-        for row in batch.rows:
-            sequence = self._running[row.sequence_id]
-            sequence.num_computed_tokens = row.start + row.count
-            self._reuse.note(sequence, row.start, batch.step)
-            if row.samples:
-                sampled.append((sequence, next(token_ids)))
-        return sampled
+        sampled = zip((row for row in batch.rows if row.samples), result.token_ids, strict=True)
+        return [
+            (place, self._running[row.sequence_id], token_id)
+            for place, (row, token_id) in enumerate(sampled)
+            if row.sequence_id in self._running
+        ]
 
     def prompt_page_owners(self, sequence: Sequence) -> bytes:
         """The ranks that hold the prompt of a running sequence, page by page, as uint16 in native byte order."""
         return self._allocator.owners(sequence.pages, self.sharding.pages_for(sequence.num_prompt_tokens))
 
-    def prefilling(self, batch: Batch) -> list[Sequence]:
-        """The sequences that a completed batch left in the middle of their prompts."""
-        return [self._running[row.sequence_id] for row in batch.rows if not row.samples]
+    def prefilling(self, batch: Batch) -> list[tuple[Sequence, Row]]:
+        """The sequences that a completed batch left in the middle of their prompts, with their rows."""
+        rows = [row for row in batch.rows if not row.samples]
+        return [(self._running[row.sequence_id], row) for row in rows if row.sequence_id in self._running]
+
+    def _note_launch(self, row: Row) -> None:
+        sequence = self._running[row.sequence_id]
+        sequence.num_computed_tokens = row.start + row.count
+        sequence.num_scheduled_tokens += row.samples
+        self._reuse.note(sequence, self.step)
 
     def _decode_rows(self, grants: list[PageGrant]) -> list[Row]:
         """One row for each running sequence that lacks nothing but its newest token, in order."""
@@ -154,8 +201,10 @@ class Scheduler:
             if sequence.state is not SequenceState.RUNNING:
                 break  # sent away by an earlier one in this very loop, and so are all that follow
             start = sequence.num_computed_tokens
-            if sequence.num_tokens - start != 1:
+            if sequence.num_scheduled_tokens - start != 1:
                 kept_pages += self._missing_pages(sequence)
+                continue
+            if sequence.is_all_scheduled:
                 continue
             if start % page_tokens == 0:
                 if not self._make_room_for(sequence, kept_pages):
@@ -173,7 +222,7 @@ class Scheduler:
         free_pages = self._allocator.num_free
         for sequence in self._running.values():
             start = sequence.num_computed_tokens
-            if sequence.num_tokens - start > 1:
+            if sequence.num_scheduled_tokens - start > 1:
                 holdable_tokens = (sequence.pages.count + free_pages) * self.sharding.page_tokens
                 wanted_tokens = min(sequence.num_tokens, holdable_tokens) - start
                 if wanted_tokens:
@@ -229,9 +278,8 @@ class Scheduler:
 
     def _give_way_to_urgent(self) -> None:
         """Send less urgent sequences away, the last first, where the head of the queue can start for it."""
-        head = self._waiting.head
-        last = next(reversed(self._running.values()), None)
-        if head is None or head is self._stuck or last is None or not _gives_way(last, head):
+        head = self._urgent_head()
+        if head is None or self.step > self.completed_step:  # a follower that has just rejoined the queue waits a step
             return
         running = list(self._running.values())
         cached = self._reuse.find(head)
@@ -252,13 +300,21 @@ class Scheduler:
             for sequence in leaving:
                 self._send_away(sequence)
 
+    def _urgent_head(self) -> Sequence | None:
+        """The head of the queue, where the last in order would give way to it."""
+        head = self._waiting.head
+        last = next(reversed(self._running.values()), None)
+        if head is None or head is self._stuck or last is None or not _gives_way(last, head):
+            return None
+        return head
+
     def _room_tokens(self, sequence: Sequence) -> int:
         """By how many tokens everybody must be able to grow before `sequence` is admitted."""
         return self.sharding.page_tokens << sequence.preemptions if sequence.preemptions else 1
 
     def _missing_pages(self, sequence: Sequence, room_tokens: int = 0) -> int:
         """Pages that a sequence lacks to hold its tokens and `room_tokens` more, as far as it may grow at all."""
-        end = min(sequence.num_tokens + room_tokens, sequence.max_total_tokens)
+        end = min(sequence.num_scheduled_tokens + room_tokens, sequence.max_total_tokens)
         return self.sharding.pages_for(end) - sequence.pages.count
 
     def _prefill_rows(self, shares: PromptShares, grants: list[PageGrant]) -> list[Row]:
@@ -281,6 +337,7 @@ class Scheduler:
 
     def _send_away(self, sequence: Sequence) -> None:
         """A running sequence gives its pages back and waits, to be computed again."""
+        assert sequence.num_scheduled_tokens == sequence.num_tokens, "sent away with a token in flight"
         self._release(sequence)
         sequence.state = SequenceState.WAITING
         sequence.num_computed_tokens = 0

@@ -37,7 +37,9 @@ class Sequence:
         "leads_since_step",
         "max_total_tokens",
         "num_computed_tokens",
+        "num_noted_tokens",
         "num_prompt_tokens",
+        "num_scheduled_tokens",
         "num_scored_tokens",
         "num_tokens",
         "order",
@@ -76,9 +78,13 @@ class Sequence:
         self.output_token_ids = array("i", output_token_ids)
         """Begins with those of an engine before this one, if it is a request that outlived one."""
         self.num_tokens = self.num_prompt_tokens + len(self.output_token_ids)
-        """Prompt and outputs."""
+        """Prompt and outputs, as far as they are known here."""
+        self.num_scheduled_tokens = self.num_tokens
+        """Those, and the ones that launched steps sample: only the devices know them yet."""
         self.num_computed_tokens = 0
-        """Tokens whose KV is in the cache; the newest token's is not."""
+        """Tokens whose KV is in the cache once all launched steps are done; the newest scheduled token's is not."""
+        self.num_noted_tokens = 0
+        """Of them, those that the prefix cache was told of."""
         self.num_scored_tokens = 0
         """Of a request with prompt_logprobs: prompt tokens whose logprobs are told; the first has none, and counts."""
         self.pages = SequencePages(sequence_id)
@@ -103,6 +109,11 @@ class Sequence:
         self.state = SequenceState.WAITING
 
     @property
+    def is_all_scheduled(self) -> bool:
+        """Whether the last token that it may have is known, or being sampled."""
+        return self.num_scheduled_tokens == self.max_total_tokens
+
+    @property
     def max_cached_tokens(self) -> int:
         """Tokens at its beginning that need not be computed where their KV is cached: the next token is sampled from
         the newest one, and a prompt's logprobs come from computing it."""
@@ -111,7 +122,7 @@ class Sequence:
         return self.num_tokens - 1
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Add a sampled token. Returns why the sequence is complete with it, or None if it goes on."""
+        """Note a token that a step sampled. Returns why the sequence is complete with it, or None if it goes on."""
         self.output_token_ids.append(token_id)
         self.num_tokens += 1
         if token_id in self.end_token_ids:

@@ -61,11 +61,12 @@ def serve(
                 _send(engine.report(answers), socket, stop)
             if engine.has_work and not stop.is_set():
                 _send(engine.report(engine.step()), socket, stop)
+        last = engine.collect()
     except Exception as error:
         stop.set()
         _send(EngineFailed(f"{type(error).__name__}: {error}"), socket, stop)
         raise
-    _send(engine.report(engine.fail("the engine is shutting down")), socket, stop)
+    _send(engine.report([*last, *engine.fail("the engine is shutting down")]), socket, stop)
 
 
 def _received(socket: zmq.Socket[bytes]) -> Iterator[ToEngine]:

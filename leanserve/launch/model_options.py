@@ -98,7 +98,8 @@ EnforceEager = Annotated[
     bool,
     typer.Option(
         "--enforce-eager",
-        help="No CUDA graphs: a faster start and less memory, slower decoding. On the CPU there are none anyway.",
+        help="No CUDA graphs, and no step launched before the last is done: a faster start and less memory, slower "
+        "decoding. On the CPU it is so anyway.",
         rich_help_panel=RANKS,
     ),
 ]

@@ -48,7 +48,7 @@ class LaunchOptions:
     comm: Comm = "auto"
     attention: AttentionBackend = "auto"
     enforce_eager: bool = False
-    """No CUDA graphs."""
+    """No CUDA graphs, and no step that is launched before the last is done."""
     weights: Weights = "auto"
     """Which weights are split over the ranks."""
     page_tokens: int = 64

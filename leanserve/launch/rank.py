@@ -20,8 +20,7 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from leanserve.contracts.batch import Batch, IdleCheck, StepResult, Stop
-from leanserve.contracts.config import EngineConfig
+from leanserve.contracts.batch import IdleCheck, Stop
 from leanserve.contracts.errors import ConfigError, EngineError, LeanServeError, ModelError
 from leanserve.contracts.messages import (
     Configure,
@@ -34,11 +33,10 @@ from leanserve.contracts.messages import (
     encode,
 )
 from leanserve.distributed.channel import StepReceiver, StepSender
-from leanserve.engine.engine import Engine
-from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.service import serve
+from leanserve.launch.all_ranks import follow, make_engine
 from leanserve.launch.lifeline import when_gone
-from leanserve.launch.loading import LoadedRank, load_rank
+from leanserve.launch.loading import load_rank
 from leanserve.launch.meeting import Orders, compare_cards, convene, exchange_cards, join, reach_agent
 from leanserve.launch.place import Place
 from leanserve.launch.run_dir import RUN_DIR_VARIABLE, engine_address
@@ -47,7 +45,7 @@ from leanserve.launch.termination import Termination
 from leanserve.launch.threads import default_threads, user_set_threads
 from leanserve.server.logs import open_log_of_rank
 
-__all__ = ["follow", "main", "make_engine", "run_rank"]
+__all__ = ["main", "run_rank"]
 
 logger = logging.getLogger("leanserve.launch")
 
@@ -184,23 +182,6 @@ def _serve_engine(
         sender.close()
 
 
-def make_engine(loaded: LoadedRank, config: EngineConfig, sender: StepSender, watch: StepWatch | None = None) -> Engine:
-    """The engine of rank 0: every step goes out to the other ranks before it is computed here."""
-
-    def execute(batch: Batch) -> StepResult:
-        sender.send(batch)
-        if watch is None:
-            return loaded.runner.execute(batch)
-        watch.begin()
-        result = loaded.runner.execute(batch)
-        watch.end(batch.step)
-        return result
-
-    info = loaded.info
-    scheduler = Scheduler(loaded.sharding, config.batch, info.max_context_tokens, prefix_cache=info.prefix_cache)
-    return Engine(scheduler, execute, info.eos_token_ids)
-
-
 def _run_other_rank(member: _Member) -> None:
     place = member.place
     store, orders = join(member.agent_store, CONFIGURE_TIMEOUT_S)
@@ -209,22 +190,6 @@ def _run_other_rank(member: _Member) -> None:
         address = store.get(_steps_key(place.rank)).decode()
         follow(loaded, StepReceiver(member.context, Path(orders.run_dir), place.rank, address=address), watch)
         loaded.leave()
-
-
-def follow(loaded: LoadedRank, receiver: StepReceiver, watch: StepWatch | None = None) -> None:
-    """Execute what rank 0 says until it says stop."""
-    try:
-        while not isinstance(message := receiver.receive(), Stop):
-            if watch is not None:
-                watch.begin()
-            if isinstance(message, Batch):
-                loaded.runner.execute(message)
-            else:
-                loaded.runner.compare_pasts()
-            if watch is not None:
-                watch.end(message.step if isinstance(message, Batch) else None)
-    finally:
-        receiver.close()
 
 
 @contextmanager

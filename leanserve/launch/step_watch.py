@@ -4,7 +4,7 @@ A rank that stops making progress ends all the others' progress too, and nobody 
 counts how long its step has taken. Beyond the limit it writes down where everybody stands, kills neighbours that
 are stopped (torchrun would wait half a minute for each), and ends; torchrun then starts all of them again.
 
-The step itself pays two stores of an attribute for this.
+The step itself pays a few stores of attributes for this.
 """
 
 import contextlib
@@ -72,6 +72,8 @@ class StepWatch:
         self._limit_s = step_timeout_s
         self._stacks_claim = stacks_claim
         self._step = 0
+        self._num_running = 0
+        """Steps that have begun and not ended."""
         self._began_at: float | None = None
         self._ended_at: float | None = None
         """None while loading, which may take as long as it takes."""
@@ -83,15 +85,18 @@ class StepWatch:
         self._thread.start()
 
     def begin(self) -> None:
-        """A step begins."""
-        self._began_at = time.monotonic()
+        """A step begins, or will when the one before it ends."""
+        self._num_running += 1
+        if self._num_running == 1:
+            self._began_at = time.monotonic()
 
     def end(self, step: int | None = None) -> None:
-        """It is complete; `step` is its number if it has one. Also says that the rank is loaded."""
+        """The oldest is complete; `step` is its number if it has one. Also says that the rank is loaded."""
         if step is not None:
             self._step = step
+        self._num_running -= 1
         self._ended_at = time.monotonic()
-        self._began_at = None
+        self._began_at = self._ended_at if self._num_running else None
 
     def lost_neighbours(self) -> list[int]:
         """Ranks of this machine whose processes are gone."""

@@ -180,7 +180,8 @@ class _Own(_Labelled):
         yield self._histogram("step_seconds", "One step of the engine, on rank 0.", seen.step_s)
         yield self._counters(
             "step_part_seconds",
-            "Time of all steps by what it went to; combine (waiting for other ranks) is in forward and sample.",
+            "Time of all steps by what it went to; combine (waiting for other ranks) is in forward and sample; where "
+            "steps overlap, schedule passes beside them.",
             ("part",),
             [((part,), took_s) for part, took_s in seen.step_part_s.items()],
         )

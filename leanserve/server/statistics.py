@@ -119,7 +119,7 @@ class RequestStatistics:
             ("combine", times.combine_s),
         ):
             self.step_part_s[part] += took_s
-        self.step_s.observe(report.schedule_s + times.forward_s + times.sample_s)
+        self.step_s.observe(report.step_s)
 
     def submitted(self, arrived_at: float | None, prompt_tokens: int) -> RequestTimes:
         """A request goes to the engine; `arrived_at` is when its first byte was seen, None is now."""

@@ -16,7 +16,6 @@ from leanserve.contracts.errors import RequestError
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.contracts.structured_outputs import StructuredOutputsParams
 from leanserve.grammars.grammar import compile_grammar
-from leanserve.worker.sequences import LiveSequence
 
 __all__ = ["Adjustments"]
 
@@ -60,30 +59,41 @@ class Adjustments:
                 self._rows[new.sequence_id] = self._row(new)
 
     def adjust(
-        self, logits_MV: torch.Tensor, sequence_ids: list[int], sequences: list[LiveSequence]
+        self, logits_MV: torch.Tensor, sequence_ids: list[int], num_outputs: list[int]
     ) -> tuple[torch.Tensor, dict[int, str]]:
         """The logits to draw from, and the sequences that cannot go on, with the reason.
 
-        `logits_MV` is left as it is; where no row has an option it is returned itself.
+        `logits_MV` is left as it is; where no row has an option it is returned itself. `num_outputs` is how many tokens
+        each has generated.
         """
         failed: dict[int, str] = {}
         adjusted_MV = logits_MV
         if not self._rows:
             return adjusted_MV, failed
-        for m, (sequence_id, sequence) in enumerate(zip(sequence_ids, sequences, strict=True)):
+        for m, (sequence_id, outputs) in enumerate(zip(sequence_ids, num_outputs, strict=True)):
             row = self._rows.get(sequence_id)
             if row is None:
                 continue
             if adjusted_MV is logits_MV:
                 adjusted_MV = logits_MV.clone()
             try:
-                row.adjust(adjusted_MV[m], sequence.num_tokens - sequence.num_prompt_tokens)
+                row.adjust(adjusted_MV[m], outputs)
             except RequestError as error:
                 failed[sequence_id] = str(error)
         return adjusted_MV, failed
 
+    def count(self, sequence_ids: list[int], tokens_M: torch.Tensor) -> None:
+        """Note the tokens that were drawn where penalties count them, on the device: int64."""
+        if not self._rows:
+            return
+        for m, sequence_id in enumerate(sequence_ids):
+            row = self._rows.get(sequence_id)
+            if row is not None:
+                row.count(tokens_M[m : m + 1])
+
     def accept(self, sequence_ids: list[int], token_ids: list[int]) -> set[int]:
-        """Note the tokens that were drawn. Returns the sequences whose structured output is complete with them."""
+        """Note the tokens that were drawn where grammars read them, on the host, before the next `adjust`. Returns the
+        sequences whose structured output is complete with them."""
         complete: set[int] = set()
         for sequence_id, token_id in zip(sequence_ids, token_ids, strict=True):
             row = self._rows.get(sequence_id)
@@ -168,6 +178,7 @@ class _Row:
             seen = counts > 0
             seen[prompt] = True
             self._seen_V = torch.from_numpy(seen).to(device)
+            self._one_1 = torch.ones(1, dtype=torch.float32, device=device)
 
     def adjust(self, logits_V: torch.Tensor, num_outputs: int) -> None:
         """Change a row's logits in place.
@@ -197,11 +208,14 @@ class _Row:
         if self.matcher is not None:
             logits_V.masked_fill_(self._forbidden(logits_V), -torch.inf)
 
-    def accept(self, token_id: int) -> bool:
-        """Note a token. Returns whether the structured output is complete with it."""
+    def count(self, token_1: torch.Tensor) -> None:
+        """Note a token for the penalties: int64 [1]."""
         if self._counts_V is not None and self._seen_V is not None:
-            self._counts_V[token_id] += 1
-            self._seen_V[token_id] = True
+            self._counts_V.index_add_(0, token_1, self._one_1)
+            self._seen_V.index_fill_(0, token_1, True)
+
+    def accept(self, token_id: int) -> bool:
+        """Note a token for the grammar. Returns whether the structured output is complete with it."""
         if self.matcher is None or self.matcher.exception() is not None:
             return False
         matcher = self.matcher.result()

@@ -4,8 +4,8 @@ Row b is the step's b-th decode row. Its pages, position and newest token lie in
 uploads something only when a sequence joins, leaves or gets a page, and all else about the row is computed where it
 lies. A captured graph finds its inputs in the same place at every replay. Knows nothing of models or sampling.
 
-Shapes: S sequences that may decode at once, B of them do, J of these have just joined; M pages of one sequence on this
-rank; E new entries of page tables.
+Shapes: S sequences that may decode at once, B of them do, J of these have just joined, L of these with a token that the
+host does not know yet; M pages of one sequence on this rank; E new entries of page tables.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 from leanserve.attention.step import SequencePages
 from leanserve.contracts.batch import Row
 from leanserve.worker.sequences import LiveSequence
+from leanserve.worker.transfers import upload
 
 __all__ = ["DecodeInputs", "DecodeRows"]
 
@@ -64,12 +65,17 @@ class DecodeRows:
         """By row."""
         self._num_pages: list[int] = []
         """By row: the pages that the device knows of."""
+        self._sampled: list[LiveSequence] = []
+        """Who got a token in the newest step that gave any: the decode rows, then prompts that ended."""
+        self._newest = torch.zeros(0, dtype=torch.int64, device=device)
+        """Those tokens."""
 
     def arrange(self, rows: list[Row], sequences: list[LiveSequence]) -> None:
         """Make row b of the device that of rows[b], for all rows that decode in this step.
 
         What decoded in the step before is there already, its newest token included; who did not joins, with what the
-        host knows. O(B) on the host, O(pages) for who joins, and one upload at most.
+        host knows. Where the host does not know its newest token yet, the step before sampled it, at the end of the
+        prompt. O(B) on the host, O(pages) for who joins, and one upload at most.
         """
         stay = len(sequences) == len(self._sequences) and all(map(is_, sequences, self._sequences))
         num_pages = [sequence.num_pages for sequence in sequences]
@@ -81,21 +87,24 @@ class DecodeRows:
         joined = [b for b, row in enumerate(before) if row < 0]
         grown = [b for b, known in enumerate(known_pages) if known < num_pages[b]]
         news = [slice(known_pages[b], num_pages[b]) for b in grown]
+        late = [b for b in joined if rows[b].start >= sequences[b].num_tokens]
+        place_of = {id(sequence): place for place, sequence in enumerate(self._sampled)} if late else {}
         parts = [
             [b if row < 0 else row for b, row in enumerate(before)],
             num_pages,
             joined,
-            [sequences[b].tokens[rows[b].start] for b in joined],
+            [0 if rows[b].start >= sequences[b].num_tokens else sequences[b].tokens[rows[b].start] for b in joined],
             [rows[b].start for b in joined],
             [sequences[b].num_prompt_tokens for b in joined],
+            late,
+            [place_of[id(sequences[b])] for b in late],
             np.repeat(grown, [new.stop - new.start for new in news]),
             _concatenate([np.arange(new.start, new.stop) for new in news]),
             _concatenate([sequences[b].pages[new] for b, new in zip(grown, news, strict=True)]),
             _concatenate([sequences[b].page_positions[new] for b, new in zip(grown, news, strict=True)]),
         ]
-        from_B, num_pages_B, rows_J, tokens_J, positions_J, prompts_J, rows_E, columns_E, pages_E, starts_E = (
-            self._upload(parts)
-        )
+        from_B, num_pages_B, rows_J, tokens_J, positions_J, prompts_J, rows_L, places_L, *entries = self._upload(parts)
+        rows_E, columns_E, pages_E, starts_E = entries
         if any(row not in (-1, b) for b, row in enumerate(before)):
             self._reorder(from_B.long(), widest=max(known_pages))
         self._num_pages_S.zero_()
@@ -104,6 +113,8 @@ class DecodeRows:
             self._tokens_S[rows_J.long()] = tokens_J.long()
             self._positions_S[rows_J.long()] = positions_J
             self._prompt_lengths_S[rows_J.long()] = prompts_J
+        if late:
+            self._tokens_S[rows_L.long()] = self._newest[places_L.long()]
         if grown:
             entries_E = (rows_E.long(), columns_E.long())
             self._page_table_SM[entries_E] = pages_E
@@ -134,11 +145,13 @@ class DecodeRows:
             ),
         )
 
-    def advance(self, tokens_B: torch.Tensor) -> None:
-        """Every row has its next token: int64, on the device. It is what the next step reads."""
-        here = slice(tokens_B.shape[0])
-        self._tokens_S[here] = tokens_B
+    def advance(self, tokens: torch.Tensor, sequences: list[LiveSequence]) -> None:
+        """Every row has its next token, and after them come those of prompts that ended: int64, on the device, where
+        the next step reads them."""
+        here = slice(len(self._sequences))
+        self._tokens_S[here] = tokens[here]
         self._positions_S[here] += 1
+        self._newest, self._sampled = tokens, sequences
 
     def _reorder(self, from_B: torch.Tensor, *, widest: int) -> None:
         """Row b becomes what row from_B[b] was; of the page tables, their first `widest` columns."""
@@ -150,10 +163,8 @@ class DecodeRows:
 
     def _upload(self, parts: list[list[int] | np.ndarray]) -> tuple[torch.Tensor, ...]:
         """Integers as int32 on the device, all in one copy."""
-        packed = torch.from_numpy(np.concatenate([np.asarray(part, np.int32) for part in parts]))
-        if self._device.type == "cuda":
-            packed = packed.pin_memory()  # the allocator keeps it until the copy is done
-        return packed.to(self._device, non_blocking=True).split([len(part) for part in parts])
+        packed = np.concatenate([np.asarray(part, np.int32) for part in parts])
+        return upload(packed, self._device).split([len(part) for part in parts])
 
 
 def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:

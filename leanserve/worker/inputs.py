@@ -16,6 +16,7 @@ from leanserve.distributed.ranks import Ranks
 from leanserve.distributed.token_exchange import TokenSpread
 from leanserve.worker.decode_rows import DecodeInputs
 from leanserve.worker.sequences import LiveSequence, LiveSequences
+from leanserve.worker.transfers import upload
 
 __all__ = ["PrefillSamples", "ScoredTokens", "StepInputs", "decode_inputs", "mixed_inputs", "split_rows"]
 
@@ -24,13 +25,13 @@ __all__ = ["PrefillSamples", "ScoredTokens", "StepInputs", "decode_inputs", "mix
 class PrefillSamples:
     """Which hidden states of prefill tokens give a next token, in the order of the step's rows."""
 
-    owners: list[int]
-    """The rank that has each of them."""
+    owners: torch.Tensor
+    """int64: the rank that has each of them."""
     rows: torch.Tensor
     """int64: rows of the N tokens of the owner; 0 where this rank is not it."""
 
 
-NO_SAMPLES = PrefillSamples([], torch.zeros(0, dtype=torch.int64))
+NO_SAMPLES = PrefillSamples(*[torch.zeros(0, dtype=torch.int64)] * 2)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def mixed_inputs(
     ends = np.cumsum([row.count for row in prefill_rows], dtype=np.int64)
 
     def to_device(array: np.ndarray, dtype: type = np.int32) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device, non_blocking=True)
+        return upload(array.astype(dtype), device)
 
     def behind(decode_B: torch.Tensor, prefill_L: np.ndarray) -> torch.Tensor:
         return torch.cat([decode_B, to_device(prefill_L).to(decode_B.dtype)])
@@ -158,7 +159,7 @@ def mixed_inputs(
         ),
         spread=spread,
         prefill_samples=PrefillSamples(
-            owners=sampling_owners.tolist(),
+            owners=to_device(sampling_owners, np.int64),
             rows=to_device(np.where(sampling_owners == ranks.rank, num_decode + place[last], 0), np.int64),
         ),
         scored=_scored_tokens(prefill_rows, sequences, prefill.owners, num_decode + place, ranks),
@@ -191,7 +192,7 @@ def _scored_tokens(
     mine = owner == ranks.rank
 
     def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(ranks.device)
+        return upload(array.astype(np.int64), ranks.device)
 
     return ScoredTokens(
         rows_L=to_device(np.concatenate(local_rows)[mine]),
@@ -225,7 +226,7 @@ def _sequence_pages(
         page_positions[b, : sequence.num_pages] = sequence.page_positions[: sequence.num_pages]
         lengths[b] = sequence.tokens_here(row.start + row.count, page_tokens)
     return SequencePages(
-        page_table_BM=torch.from_numpy(page_table).to(device, non_blocking=True),
-        lengths_B=torch.from_numpy(lengths).to(device, non_blocking=True),
-        page_positions_BM=torch.from_numpy(page_positions).to(device, non_blocking=True),
+        page_table_BM=upload(page_table, device),
+        lengths_B=upload(lengths, device),
+        page_positions_BM=upload(page_positions, device),
     )

@@ -1,8 +1,12 @@
-"""A rank's executor: applies step messages in order and computes them. Every rank runs the same code."""
+"""A rank's executor: applies step messages in order and computes them. Every rank runs the same code.
 
+Shapes: M rows of a step that sample, V vocabulary, N tokens that this rank computes, C hidden.
+"""
+
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
-import msgspec
 import torch
 from llguidance import LLTokenizer
 
@@ -11,7 +15,6 @@ from leanserve.attention.kv_shard import KvShard
 from leanserve.attention.step import StepAttention
 from leanserve.contracts.batch import Batch, Row, StepResult, StepTimes, step_checksum
 from leanserve.contracts.errors import DesyncError
-from leanserve.contracts.logprobs import Logprobs
 from leanserve.distributed.ranks import Ranks
 from leanserve.distributed.stopwatch import Stopwatch
 from leanserve.model.decoder import Decoder
@@ -19,15 +22,43 @@ from leanserve.worker.adjustments import Adjustments
 from leanserve.worker.decode_rows import DecodeRows
 from leanserve.worker.graphs import DecodeGraphs, capture_sizes
 from leanserve.worker.inputs import PrefillSamples, StepInputs, decode_inputs, mixed_inputs, split_rows
-from leanserve.worker.logprobs import score, score_prompts, unpack
+from leanserve.worker.logprobs import PromptScores, TokenScores, score_prompts, score_tokens
 from leanserve.worker.sampler import Draw, sample
 from leanserve.worker.sequences import LiveSequence, LiveSequences
+from leanserve.worker.transfers import Download
 
 __all__ = ["Runner"]
 
 
+@dataclass(frozen=True)
+class _Sampled:
+    """What a step samples. The host knows the tokens once they have come down."""
+
+    sequence_ids: list[int]
+    sequences: list[LiveSequence]
+    tokens_M: Download
+    """int64."""
+    scores: TokenScores | None = None
+    failed: dict[int, str] = field(default_factory=dict)
+    """As of StepResult."""
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step in flight."""
+
+    step: int
+    sampled: _Sampled
+    prompt_scores: PromptScores | None
+    times: StepTimes | None
+    """None on a GPU: known when the step is done."""
+
+
 class Runner:
-    """Executes steps over this rank's shard.
+    """Executes steps over this rank's shard: launches them in order, and collects them in order.
+
+    On a GPU `launch` waits for nothing that the device does, so that the next step can be launched while one runs: what
+    that needs of the newest tokens, it finds on the device. On the CPU the host is the device, and `launch` computes.
 
     Args:
         max_sequences: that decode at once.
@@ -65,8 +96,11 @@ class Runner:
         self._adjustments = Adjustments(
             architecture.vocab_size, architecture.eos_token_ids, ranks.device, grammar_tokenizer
         )
-        self._completed_step = 0
-        self._checksum = 0
+        self._launched_step = 0
+        self._in_flight: deque[_Launched] = deque()
+        """The oldest first."""
+        self._checksums = {0: 0}
+        """By step, of the two newest that were collected: the next message names one of them."""
         self._in_forward = Stopwatch(ranks.device)
         self._in_sampling = Stopwatch(ranks.device)
         ranks.in_collectives.take_s()  # what loading took is not the first step's
@@ -83,38 +117,65 @@ class Runner:
         self.graphs = DecodeGraphs(self.decode_eagerly, capture_sizes(self._max_sequences), capture, progress)
         self._ranks.in_collectives.take_s()
 
+    @property
+    def steps_in_flight(self) -> list[int]:
+        """Launched and not collected, the oldest first."""
+        return [launched.step for launched in self._in_flight]
+
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> StepResult:
-        """Apply one step message and compute its rows.
+    def launch(self, batch: Batch) -> None:
+        """Apply one step message and begin to compute its rows.
 
         Raises:
             DesyncError: this rank's past differs from rank 0's.
         """
         self._check_past(batch)
+        self._launched_step = batch.step
         self._live.apply(batch.dropped, batch.started, batch.grants)
         self._shard.copy_pages([(copy.source, copy.target) for copy in batch.copies if copy.rank == self._ranks.rank])
         if self._ranks.rank == 0:
             self._adjustments.apply(batch.dropped, batch.started)
-        result = self._compute(batch.step, batch.rows) if batch.rows else StepResult(batch.step, [])
-        self._completed_step = batch.step
-        self._checksum = step_checksum(batch.step, result.token_ids)
-        return msgspec.structs.replace(result, times=self._times())
+        sampled, prompt_scores = self._compute(batch.rows)
+        on_host = self._ranks.device.type == "cpu"
+        self._in_flight.append(_Launched(batch.step, sampled, prompt_scores, self._times() if on_host else None))
 
-    def _compute(self, step: int, rows: list[Row]) -> StepResult:
+    @torch.inference_mode()
+    def collect(self) -> StepResult:
+        """Wait for the oldest step in flight, the only place where the host waits for the device, and note its tokens.
+
+        Only rank 0's result has more than those.
+        """
+        launched = self._in_flight.popleft()
+        sampled = launched.sampled
+        token_ids: list[int] = sampled.tokens_M.wait().tolist()
+        for sequence, token_id in zip(sampled.sequences, token_ids, strict=True):
+            sequence.append_token(token_id)
+        self._checksums = {
+            launched.step - 1: self._checksums[launched.step - 1],
+            launched.step: step_checksum(launched.step, token_ids),
+        }
+        return StepResult(
+            launched.step,
+            token_ids,
+            times=self._times() if launched.times is None else launched.times,
+            logprobs={} if sampled.scores is None else sampled.scores.wait(),
+            prompt_logprobs={} if launched.prompt_scores is None else launched.prompt_scores.wait(),
+            complete=self._adjustments.accept(sampled.sequence_ids, token_ids),
+            failed=sampled.failed,
+        )
+
+    def _compute(self, rows: list[Row]) -> tuple[_Sampled, PromptScores | None]:
         """The model over all rows, then one token for each that samples."""
         decode_rows, prefill_rows = split_rows(rows)
-        prompt_logprobs: dict[int, Logprobs] = {}
-        with self._in_forward:
-            self._decode_rows.arrange(decode_rows, [self._live[row.sequence_id] for row in decode_rows])
-            if prefill_rows:
-                logits_MV, prompt_logprobs = self._decode_and_prefill(len(decode_rows), prefill_rows)
-            else:
-                logits_MV = (self.graphs or self.decode_eagerly)(len(decode_rows))
-        sampling_rows = [row for row in rows if row.samples]
-        if not sampling_rows:
-            return StepResult(step, [], prompt_logprobs=prompt_logprobs)
-        result = self._sample(step, logits_MV, sampling_rows, num_decode=len(decode_rows))
-        return msgspec.structs.replace(result, prompt_logprobs=prompt_logprobs)
+        logits_MV, prompt_scores = None, None
+        if rows:
+            with self._in_forward:
+                self._decode_rows.arrange(decode_rows, [self._live[row.sequence_id] for row in decode_rows])
+                if prefill_rows:
+                    logits_MV, prompt_scores = self._decode_and_prefill(len(decode_rows), prefill_rows)
+                else:
+                    logits_MV = (self.graphs or self.decode_eagerly)(len(decode_rows))
+        return self._sample(logits_MV, [row for row in rows if row.samples]), prompt_scores
 
     @torch.inference_mode()
     def decode_eagerly(self, num_rows: int) -> torch.Tensor | None:
@@ -131,12 +192,12 @@ class Runner:
 
     def _decode_and_prefill(
         self, num_decode: int, prefill_rows: list[Row]
-    ) -> tuple[torch.Tensor | None, dict[int, Logprobs]]:
+    ) -> tuple[torch.Tensor | None, PromptScores | None]:
         """Rank 0's logits of all rows that sample (None where there are none), and of prompts that are scored."""
         decode = self._decode_rows.inputs(num_decode)
         inputs = mixed_inputs(decode, prefill_rows, self._live, self._shard.page_tokens, self._ranks)
         hidden_NC = self._hidden(inputs)
-        scores = {} if inputs.scored is None else score_prompts(self._decoder, hidden_NC, inputs.scored, self._ranks)
+        scores = None if inputs.scored is None else score_prompts(self._decoder, hidden_NC, inputs.scored, self._ranks)
         hidden_MC = torch.cat([hidden_NC[:num_decode], self._prefill_hidden(hidden_NC, inputs.prefill_samples)])
         return self._decoder.logits(hidden_MC) if hidden_MC.shape[0] else None, scores
 
@@ -161,73 +222,63 @@ class Runner:
 
     def _prefill_hidden(self, hidden_NC: torch.Tensor, samples: PrefillSamples) -> torch.Tensor:
         """Hidden states of the sampling prefill rows, each from the rank that has it."""
-        if not samples.owners:
+        num_samples = samples.owners.shape[0]
+        if num_samples == 0:
             return hidden_NC[:0]
         if hidden_NC.shape[0] == 0:  # this rank owns nothing of the step
             hidden_NC = hidden_NC.new_zeros((1, hidden_NC.shape[1]))
         by_rank_RMC = self._ranks.all_gather(hidden_NC[samples.rows])
-        return by_rank_RMC[samples.owners, torch.arange(len(samples.owners))]
+        return by_rank_RMC[samples.owners, torch.arange(num_samples, device=by_rank_RMC.device)]
 
-    def _sample(self, step: int, logits_MV: torch.Tensor | None, rows: list[Row], *, num_decode: int) -> StepResult:
+    def _sample(self, logits_MV: torch.Tensor | None, rows: list[Row]) -> _Sampled:
         """Rank 0 draws; one small broadcast tells every rank. The others know no more than the tokens."""
-        sequences = [self._live[row.sequence_id] for row in rows]
+        sequence_ids = [row.sequence_id for row in rows]
+        sequences = [self._live[sequence_id] for sequence_id in sequence_ids]
         if logits_MV is None:
-            with self._in_sampling:
-                tokens_M = torch.empty(len(rows), dtype=torch.int64, device=self._ranks.device)
-                tokens_M = self._tell(tokens_M, num_decode)
-            return StepResult(step, self._note(tokens_M, sequences))
+            tokens_M = torch.empty(len(rows), dtype=torch.int64, device=self._ranks.device)
+            if rows:
+                with self._in_sampling:
+                    tokens_M = self._tell(tokens_M, sequences)
+            return _Sampled(sequence_ids, sequences, Download(tokens_M))
         with self._in_sampling:
-            sequence_ids = [row.sequence_id for row in rows]
-            adjusted_MV, failed = self._adjustments.adjust(logits_MV, sequence_ids, sequences)
-            draws = [Draw(s.sampling, s.seed, s.num_tokens - s.num_prompt_tokens) for s in sequences]
-            tokens_M = self._tell(sample(adjusted_MV, draws), num_decode)
-        logprobs = _logprobs(logits_MV, tokens_M, sequences)
-        token_ids = self._note(tokens_M, sequences)
-        complete = self._adjustments.accept(sequence_ids, token_ids)
-        return StepResult(step, token_ids, logprobs=logprobs, complete=complete, failed=failed)
+            draws = [
+                Draw(s.sampling, s.seed, row.start + row.count - s.num_prompt_tokens)
+                for row, s in zip(rows, sequences, strict=True)
+            ]
+            num_outputs = [draw.index for draw in draws]
+            adjusted_MV, failed = self._adjustments.adjust(logits_MV, sequence_ids, num_outputs)
+            tokens_M = self._tell(sample(adjusted_MV, draws), sequences)
+            self._adjustments.count(sequence_ids, tokens_M)
+        scores = score_tokens(logits_MV, tokens_M, sequences)
+        return _Sampled(sequence_ids, sequences, Download(tokens_M), scores, failed)
 
-    def _tell(self, tokens_M: torch.Tensor, num_decode: int) -> torch.Tensor:
-        """Rank 0's tokens on every rank, and in its decode rows, where the next step reads them."""
+    def _tell(self, tokens_M: torch.Tensor, sequences: list[LiveSequence]) -> torch.Tensor:
+        """Rank 0's tokens on every rank, and where its decode rows find them in the next step."""
         tokens_M = self._ranks.broadcast_from_rank_0(tokens_M)
-        self._decode_rows.advance(tokens_M[:num_decode])
+        self._decode_rows.advance(tokens_M, sequences)
         return tokens_M
-
-    def _note(self, tokens_M: torch.Tensor, sequences: list[LiveSequence]) -> list[int]:
-        """The tokens on the host. It waits for the device here, and nowhere else in a step of decode rows."""
-        token_ids = tokens_M.tolist()
-        for sequence, token_id in zip(sequences, token_ids, strict=True):
-            sequence.append_token(token_id)
-        return token_ids
 
     def _times(self) -> StepTimes:
         watches = (self._in_forward, self._in_sampling, self._ranks.in_collectives)
         return StepTimes(*(watch.take_s() for watch in watches))
 
     def compare_pasts(self) -> None:
-        """Every rank calls it while there is no step.
+        """Every rank calls it while no step is in flight.
 
         Raises:
             DesyncError: another rank's past differs from rank 0's.
         """
-        self._ranks.require_equal(self._checksum, f"the checksum of step {self._completed_step}")
+        newest = max(self._checksums)
+        self._ranks.require_equal(self._checksums[newest], f"the checksum of step {newest}")
 
     def _check_past(self, batch: Batch) -> None:
-        if batch.step != self._completed_step + 1:
+        rank, step = self._ranks.rank, batch.checked_step
+        if batch.step != self._launched_step + 1:
+            raise DesyncError(f"rank {rank} got step {batch.step} after step {self._launched_step}; a step was lost")
+        if step not in self._checksums:
+            raise DesyncError(f"rank {rank} has completed step {max(self._checksums)}, rank 0 step {step} already")
+        if batch.checksum != self._checksums[step]:
             raise DesyncError(
-                f"rank {self._ranks.rank} got step {batch.step} after step {self._completed_step}; a step was lost"
-            )
-        if batch.checked_step == self._completed_step and batch.checksum != self._checksum:
-            raise DesyncError(
-                f"rank {self._ranks.rank} has checksum {self._checksum:#010x} for step {self._completed_step}, "
+                f"rank {rank} has checksum {self._checksums[step]:#010x} for step {step}, "
                 f"rank 0 has {batch.checksum:#010x}: the ranks have drifted apart"
             )
-
-
-def _logprobs(logits_MV: torch.Tensor, tokens_M: torch.Tensor, sampled: list[LiveSequence]) -> dict[int, Logprobs]:
-    """By row, of the rows that ask for them."""
-    wanted = {m: s.sampling.logprobs for m, s in enumerate(sampled) if s.sampling.logprobs is not None}
-    if not wanted:
-        return {}
-    rows = list(wanted)
-    packed = score(logits_MV[rows], tokens_M[rows], max(wanted.values())).cpu().numpy()
-    return {m: unpack(packed[i : i + 1], num_top) for i, (m, num_top) in enumerate(wanted.items())}

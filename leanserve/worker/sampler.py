@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.worker.transfers import upload
 
 __all__ = ["Draw", "sample", "uniform"]
 
@@ -45,8 +46,6 @@ def sample(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     keep the top_k most likely, of those the smallest set that reaches top_p, of those the ones with at least min_p
     times the largest probability; then invert the cumulative distribution at the row's uniform number.
 
-    The host does not wait for the device: the step's forward pass may still run while all this is launched.
-
     Args:
         logits_MV: float32.
     """
@@ -57,65 +56,63 @@ def sample(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
         (_draw_from_likely, [m for m in random if _truncates(draws[m].sampling)]),
     ):
         if rows:
-            rows_m = _to_device(np.array(rows), logits_MV.device)
-            tokens_M[rows_m] = draw_rows(logits_MV[rows_m], [draws[m] for m in rows])
+            rows_M = upload(np.array(rows), logits_MV.device)
+            tokens_M[rows_M] = draw_rows(logits_MV[rows_M], _Wishes.of([draws[m] for m in rows], logits_MV))
     return tokens_M
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """What rows ask for, and their uniform numbers, as columns on the device: float64 [M, 1]."""
+
+    temperature_M1: torch.Tensor
+    top_k_M1: torch.Tensor
+    top_p_M1: torch.Tensor
+    min_p_M1: torch.Tensor
+    number_M1: torch.Tensor
+
+    @classmethod
+    def of(cls, draws: list[Draw], logits_MV: torch.Tensor) -> "_Wishes":
+        vocab_size, params = logits_MV.shape[1], [draw.sampling for draw in draws]
+        columns = [
+            [p.temperature for p in params],
+            [p.top_k or vocab_size for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [uniform(draw.seed, draw.index) for draw in draws],
+        ]
+        return cls(*upload(np.array(columns, np.float64), logits_MV.device).unsqueeze(2))
 
 
 def _truncates(sampling: SamplingParams) -> bool:
     return sampling.top_k is not None or sampling.top_p < 1 or sampling.min_p > 0
 
 
-def _draw_from_all(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    temperature_M1, number_M1 = _columns([_always(draw) for draw in draws], logits_MV.device)
-    return _invert(_probabilities(logits_MV, temperature_M1), number_M1)
+def _draw_from_all(logits_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
+    return _invert(_probabilities(logits_MV, wishes), wishes)
 
 
-def _draw_from_likely(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    vocab_size, device = logits_MV.shape[1], logits_MV.device
-    temperature_M1, number_M1, top_k_M1, top_p_M1, min_p_M1 = _columns(
-        [
-            (*_always(draw), draw.sampling.top_k or vocab_size, draw.sampling.top_p, draw.sampling.min_p)
-            for draw in draws
-        ],
-        device,
-    )
-    probs_MV, ids_MV = torch.sort(_probabilities(logits_MV, temperature_M1), dim=-1, descending=True, stable=True)
-    probs_MV = probs_MV.masked_fill(torch.arange(vocab_size, device=device) >= top_k_M1, 0.0)
+def _draw_from_likely(logits_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
+    probs_MV, ids_MV = torch.sort(_probabilities(logits_MV, wishes), dim=-1, descending=True, stable=True)
+    probs_MV = probs_MV.masked_fill(torch.arange(probs_MV.shape[1], device=probs_MV.device) >= wishes.top_k_M1, 0.0)
     probs_MV = probs_MV / probs_MV.sum(dim=-1, keepdim=True)
     # A token stays while the mass before it is below top_p, so the most likely one always stays.
     before_MV = probs_MV.cumsum(dim=-1) - probs_MV
-    probs_MV = probs_MV.masked_fill(before_MV >= top_p_M1, 0.0)
-    floor_M1 = min_p_M1 * probs_MV[:, :1]
-    probs_MV = probs_MV.masked_fill(probs_MV < floor_M1, 0.0)
+    probs_MV = probs_MV.masked_fill(before_MV >= wishes.top_p_M1, 0.0)
+    probs_MV = probs_MV.masked_fill(probs_MV < wishes.min_p_M1 * probs_MV[:, :1], 0.0)
     # Drawn in the order of ids, not of likelihood: two tokens that are equally likely but for rounding would change
     # places, and with them what is drawn, from one company of rows to another.
-    return _invert(torch.zeros_like(probs_MV).scatter_(1, ids_MV, probs_MV), number_M1)
+    return _invert(torch.zeros_like(probs_MV).scatter_(1, ids_MV, probs_MV), wishes)
 
 
-def _always(draw: Draw) -> tuple[float, float]:
-    """What every random row needs: its temperature and its uniform number."""
-    return draw.sampling.temperature, uniform(draw.seed, draw.index)
+def _probabilities(logits_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
+    return torch.softmax(logits_MV.double() / wishes.temperature_M1, dim=-1)
 
 
-def _probabilities(logits_MV: torch.Tensor, temperature_M1: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(logits_MV.double() / temperature_M1, dim=-1)
-
-
-def _invert(probs_MV: torch.Tensor, number_M1: torch.Tensor) -> torch.Tensor:
+def _invert(probs_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
     """The first place of each row whose cumulative mass exceeds the row's number; never one without mass."""
     cumulative_MV = probs_MV.cumsum(dim=-1)
     total_M1 = cumulative_MV[:, -1:].contiguous()
     below_total_M1 = torch.nextafter(total_M1, torch.zeros_like(total_M1))  # a product may round up to the total
-    sought_M1 = torch.minimum(number_M1 * total_M1, below_total_M1)
+    sought_M1 = torch.minimum(wishes.number_M1 * total_M1, below_total_M1)
     return torch.searchsorted(cumulative_MV, sought_M1, right=True).squeeze(1)
-
-
-def _columns(rows: list[tuple[float, ...]], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Each place of the rows as a float64 column [M, 1] on the device; all in one copy."""
-    return _to_device(np.array(rows, np.float64), device).split(1, dim=1)
-
-
-def _to_device(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy that the host does not wait for. (CUDA has taken the numbers when the call returns, pinned or not.)"""
-    return torch.from_numpy(numbers).to(device, non_blocking=True)

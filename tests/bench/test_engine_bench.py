@@ -24,9 +24,9 @@ from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepSender
 from leanserve.engine.engine import Engine
+from leanserve.launch.all_ranks import make_engine
 from leanserve.launch.loading import LoadedRank, load_rank
 from leanserve.launch.place import Place
-from leanserve.launch.rank import make_engine
 from leanserve.worker.runner import Runner
 
 BATCH, PROMPT_TOKENS, NEW_TOKENS = 3, 150, 8

@@ -2,7 +2,8 @@
 
 import threading
 import zlib
-from collections.abc import Container, Iterable
+from collections import deque
+from collections.abc import Callable, Container, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,29 +12,68 @@ from leanserve.contracts.batch import Batch, Row, StepResult, step_checksum
 from leanserve.contracts.kv_sharding import KvSharding, PageGrant
 
 
-class EchoExecutor:
+class ImmediateExecutor:
+    """Computes each batch when it is launched, with `compute`, and keeps the result until it is collected."""
+
+    def __init__(self, compute: Callable[[Batch], StepResult]) -> None:
+        self._compute = compute
+        self.results: deque[StepResult] = deque()
+        """Launched and not collected, the oldest first."""
+
+    def launch(self, batch: Batch) -> None:
+        self.results.append(self._compute(batch))
+
+    def collect(self) -> StepResult:
+        return self.results.popleft()
+
+
+class EchoExecutor(ImmediateExecutor):
     """Samples each sequence's number for every sampling row, and remembers the batches."""
 
     def __init__(self) -> None:
+        super().__init__(self.echo)
         self.batches: list[Batch] = []
 
-    def __call__(self, batch: Batch) -> StepResult:
+    def echo(self, batch: Batch) -> StepResult:
         self.batches.append(batch)
         return StepResult(batch.step, [row.sequence_id for row in batch.rows if row.samples])
 
 
-class FailingExecutor(EchoExecutor):
-    """Echoes, and raises `error` at step `at_step`."""
+class RecordingExecutor(EchoExecutor):
+    """Echoes, and notes in which order steps are launched and collected."""
 
-    def __init__(self, at_step: int, error: Exception) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def launch(self, batch: Batch) -> None:
+        self.calls.append(("launch", batch.step))
+        super().launch(batch)
+
+    def collect(self) -> StepResult:
+        result = super().collect()
+        self.calls.append(("collect", result.step))
+        return result
+
+
+class FailingExecutor(EchoExecutor):
+    """Echoes, and raises `error` when step `at_step` is launched, or when it is collected."""
+
+    def __init__(self, at_step: int, error: Exception, *, when_collected: bool = False) -> None:
         super().__init__()
         self.at_step = at_step
         self.error = error
+        self.when_collected = when_collected
 
-    def __call__(self, batch: Batch) -> StepResult:
-        if batch.step == self.at_step:
+    def launch(self, batch: Batch) -> None:
+        if batch.step == self.at_step and not self.when_collected:
             raise self.error
-        return super().__call__(batch)
+        super().launch(batch)
+
+    def collect(self) -> StepResult:
+        if self.results[0].step == self.at_step and self.when_collected:
+            raise self.error
+        return super().collect()
 
 
 class HeldExecutor(EchoExecutor):
@@ -45,11 +85,11 @@ class HeldExecutor(EchoExecutor):
         self.is_held = threading.Event()
         self.go_on = threading.Event()
 
-    def __call__(self, batch: Batch) -> StepResult:
+    def launch(self, batch: Batch) -> None:
         if batch.step == self.at_step:
             self.is_held.set()
             self.go_on.wait()
-        return super().__call__(batch)
+        super().launch(batch)
 
 
 VOCAB_SIZE = 50
@@ -91,19 +131,20 @@ class _ToySequence:
         self.num_stored = 0
 
 
-class ToyModelExecutor:
+class ToyModelExecutor(ImmediateExecutor):
     """The toy model on every rank's page pool: "KV" is stored in the granted pages and read from there.
 
     Asserts what a rank relies on: a page to be filled is nobody else's and within its rank's pool, ordinals are in
     order, a new sequence's row starts behind whole pages, and perhaps a copied one, that hold the very KV it would
     compute, any other row goes on where the last one ended, with pages enough and none to spare, steps come in order
-    with the right checksum. A page is poisoned when it is granted to be filled, so a stale page table changes the
-    tokens.
+    with the checksum of the newest that was collected. A page is poisoned when it is granted to be filled, so a stale
+    page table changes the tokens.
     """
 
     POISON = 0xDEADBEEF
 
     def __init__(self, sharding: KvSharding) -> None:
+        super().__init__(self.run)
         self.sharding = sharding
         self.pools = [
             np.full((pages, sharding.page_tokens), self.POISON, np.uint32) for pages in sharding.pages_per_rank
@@ -112,7 +153,8 @@ class ToyModelExecutor:
         """Sequences by page; a page without any is not in it."""
         self.sequences: dict[int, _ToySequence] = {}
         self.step = 0
-        self.checksum = 0
+        self.collected = (0, 0)
+        """The newest step that was collected, and its checksum."""
         self.computed_tokens = 0
         """Over all steps, recomputation after preemptions included."""
         self.shared_tokens = 0
@@ -125,8 +167,13 @@ class ToyModelExecutor:
             used[rank] += 1
         return tuple(used)
 
-    def __call__(self, batch: Batch) -> StepResult:
-        assert (batch.checked_step, batch.checksum) == (self.step, self.checksum)
+    def collect(self) -> StepResult:
+        result = super().collect()
+        self.collected = (result.step, step_checksum(result.step, result.token_ids))
+        return result
+
+    def run(self, batch: Batch) -> StepResult:
+        assert (batch.checked_step, batch.checksum) == self.collected
         self.step += 1
         assert batch.step == self.step
         for sequence_id in batch.dropped:
@@ -147,9 +194,7 @@ class ToyModelExecutor:
             self.pools[rank][page] = kv
         for new in batch.started:
             self._share(self.sequences[new.sequence_id], row_starts[new.sequence_id], targets)
-        token_ids = [token for row in batch.rows if (token := self._compute(row)) is not None]
-        self.checksum = step_checksum(self.step, token_ids)
-        return StepResult(self.step, token_ids)
+        return StepResult(self.step, [token for row in batch.rows if (token := self._next(row)) is not None])
 
     def _grant(self, grant: PageGrant, row_start: int) -> None:
         sequence, place = self.sequences[grant.sequence_id], (grant.rank, grant.page)
@@ -172,7 +217,7 @@ class ToyModelExecutor:
         pages = [self.pools[rank][page] for rank, page in sequence.table]
         return np.concatenate([*pages, np.empty(0, np.uint32)])[:num_tokens]
 
-    def _compute(self, row: Row) -> int | None:
+    def _next(self, row: Row) -> int | None:
         sequence = self.sequences[row.sequence_id]
         end = row.start + row.count
         assert row.count >= 1

@@ -1,21 +1,21 @@
 import pytest
 
-from engine.fake_executors import EchoExecutor, FailingExecutor
+from engine.fake_executors import EchoExecutor, FailingExecutor, ImmediateExecutor
 from engine.workload import CheckedRun, token_bytes, toy_submit
-from leanserve.contracts.batch import Batch, StepResult, step_checksum
+from leanserve.contracts.batch import StepResult, step_checksum
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.errors import DesyncError, EngineError, RequestError
 from leanserve.contracts.kv_sharding import KvSharding, page_imbalance
 from leanserve.contracts.messages import Submit, TokenOutput
 from leanserve.contracts.sampling import SamplingParams
-from leanserve.engine.engine import Engine
+from leanserve.engine.engine import Engine, Executor
 from leanserve.engine.scheduler import Scheduler
 
 SHARDING = KvSharding(page_tokens=4, pages_per_rank=(20, 20))
 
 
-def engine_with(execute, eos_token_ids=()) -> Engine:
-    return Engine(Scheduler(SHARDING, BatchOptions(max_batch_tokens=8), 100), execute, eos_token_ids)
+def engine_with(executor: Executor, eos_token_ids=()) -> Engine:
+    return Engine(Scheduler(SHARDING, BatchOptions(max_batch_tokens=8), 100), executor, eos_token_ids)
 
 
 def submit(request_id: str, prompt_tokens: int, **sampling) -> Submit:
@@ -133,10 +133,7 @@ def test_a_failing_step_ends_every_live_request_once(at_step: int) -> None:
     "result", [StepResult(1, []), StepResult(1, [4, 5]), StepResult(2, [4])], ids=["none", "two", "other-step"]
 )
 def test_a_result_that_is_not_the_steps_is_an_engine_error(result: StepResult) -> None:
-    def execute(batch: Batch) -> StepResult:
-        return result
-
-    engine = engine_with(execute)
+    engine = engine_with(ImmediateExecutor(lambda batch: result))
     engine.submit(submit("a", 3))
     with pytest.raises(EngineError, match="step 1 should give 1 tokens"):
         engine.step()

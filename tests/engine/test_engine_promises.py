@@ -26,14 +26,15 @@ aborts = st.tuples(st.just("abort"), st.integers(0, 40))
 steps = st.tuples(st.just("step"), st.integers(1, 12))
 
 
-def test_every_request_ends_once_with_the_tokens_it_gets_alone() -> None:
+@pytest.mark.parametrize("overlap", [False, True], ids=["in-turn", "overlapped"])
+def test_every_request_ends_once_with_the_tokens_it_gets_alone(overlap: bool) -> None:
     steps_seen = 0
 
     @settings(max_examples=600)
     @given(shardings, options, st.lists(st.one_of(arrivals, forks, steps, aborts), min_size=8, max_size=40))
     def live(sharding: KvSharding, options: BatchOptions, events: list[tuple]) -> None:
         nonlocal steps_seen
-        run = CheckedRun(sharding, options)
+        run = CheckedRun(sharding, options, overlap=overlap)
         for number, event in enumerate(events):
             if event[0] == "submit":
                 _, prompt_tokens, max_tokens, priority, ignore_eos = event
@@ -64,18 +65,20 @@ def fill_every_page(run: CheckedRun) -> None:
         run.serve(toy_submit(999_999, run.sharding.total_tokens - 1, 1))
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["in-turn", "overlapped"])
 @pytest.mark.parametrize(
     ("pages_per_rank", "page_tokens", "max_batch_tokens", "max_sequences"),
     [((40,), 4, 32, 16), ((9, 0, 14, 11), 4, 16, 16), ((5, 5, 5), 8, 7, 5), ((30, 30), 1, 64, 64)],
     ids=["one-rank", "uneven-with-an-empty-rank", "budget-7", "page-1"],
 )
 def test_a_long_crowded_life(
-    pages_per_rank: tuple[int, ...], page_tokens: int, max_batch_tokens: int, max_sequences: int
+    pages_per_rank: tuple[int, ...], page_tokens: int, max_batch_tokens: int, max_sequences: int, overlap: bool
 ) -> None:
     rng = random.Random(5)
     run = CheckedRun(
         KvSharding(page_tokens=page_tokens, pages_per_rank=pages_per_rank),
         BatchOptions(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences),
+        overlap=overlap,
     )
     number = 0
     while run.scheduler.step < 2500:

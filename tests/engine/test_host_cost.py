@@ -8,7 +8,7 @@ from statistics import median
 
 import pytest
 
-from engine.fake_executors import EchoExecutor
+from engine.fake_executors import EchoExecutor, ImmediateExecutor
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.kv_sharding import KvSharding
@@ -21,7 +21,7 @@ PAGE_TOKENS = 64
 NUM_RANKS = 8
 
 
-def crowd(num_sequences: int, prompt_tokens: int) -> Engine:
+def crowd(num_sequences: int, prompt_tokens: int, *, overlap: bool) -> Engine:
     """An engine in which `num_sequences` sequences of `prompt_tokens` tokens decode."""
     pages_per_rank = num_sequences * (prompt_tokens // PAGE_TOKENS // NUM_RANKS + 8)
     scheduler = Scheduler(
@@ -29,7 +29,7 @@ def crowd(num_sequences: int, prompt_tokens: int) -> Engine:
         BatchOptions(max_batch_tokens=2**20, max_sequences=num_sequences),
         max_context_tokens=prompt_tokens + 2000,
     )
-    engine = Engine(scheduler, newest_batch_forgotten, [])
+    engine = Engine(scheduler, ImmediateExecutor(newest_batch_forgotten), [], overlap=overlap)
     prompt = bytes(4 * prompt_tokens)
     for number in range(num_sequences):
         engine.submit(Submit(str(number), prompt, SamplingParams(max_tokens=2000)))
@@ -60,10 +60,11 @@ def calls_in(work) -> int:
     return calls
 
 
-def test_steps_cost_the_same_calls_and_memory_at_any_context() -> None:
+@pytest.mark.parametrize("overlap", [False, True], ids=["in-turn", "overlapped"])
+def test_steps_cost_the_same_calls_and_memory_at_any_context(overlap: bool) -> None:
     calls = {}
     for prompt_tokens in (1024, 2**20):
-        engine = crowd(8, prompt_tokens)
+        engine = crowd(8, prompt_tokens, overlap=overlap)
         for _ in range(PAGE_TOKENS):  # the first page behind what was shared is placed in its own way
             engine.step()
         # As many steps as a page has tokens, so that every sequence is granted one page, whenever it started.
@@ -92,10 +93,11 @@ def test_admission_makes_no_list_of_a_long_prompt() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("overlap", [False, True], ids=["in-turn", "overlapped"])
 @pytest.mark.parametrize("prompt_tokens", [2**10, 2**20], ids=["1k", "1M"])
-def test_time_of_a_step_of_256_sequences(prompt_tokens: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_of_a_step_of_256_sequences(prompt_tokens: int, overlap: bool, capsys: pytest.CaptureFixture[str]) -> None:
     start = time.perf_counter()
-    engine = crowd(256, prompt_tokens)
+    engine = crowd(256, prompt_tokens, overlap=overlap)
     us_per_page = 1e6 * (time.perf_counter() - start) / (256 * prompt_tokens / PAGE_TOKENS)
     steps_ms = []
     for _ in range(1000):

@@ -8,7 +8,6 @@ import zmq
 
 from engine.fake_executors import EchoExecutor, FailingExecutor, HeldExecutor, ToyModelExecutor, toy_completion
 from engine.workload import token_bytes
-from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import (
@@ -23,7 +22,7 @@ from leanserve.contracts.messages import (
     encode,
 )
 from leanserve.contracts.sampling import SamplingParams
-from leanserve.engine.engine import Engine
+from leanserve.engine.engine import Engine, Executor
 from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.service import serve
 
@@ -65,14 +64,15 @@ class FrontEnd:
 
 @contextmanager
 def serving(
-    execute: Callable[[Batch], StepResult],
+    executor: Executor,
     *first: Submit,
     high_water_mark: int = 1000,
+    overlap: bool = False,
     when_idle: Callable[[], object] = lambda: None,
 ) -> Iterator[FrontEnd]:
     """`first` has arrived when the service starts."""
     scheduler = Scheduler(KvSharding(page_tokens=4, pages_per_rank=(50, 50)), BatchOptions(max_batch_tokens=64), 300)
-    engine = Engine(scheduler, execute, [])
+    engine = Engine(scheduler, executor, [], overlap=overlap)
     stop = threading.Event()
     with zmq.Context() as context, context.socket(zmq.DEALER) as near, context.socket(zmq.DEALER) as far:
         for socket in (near, far):
@@ -224,6 +224,20 @@ def test_a_shutdown_ends_all_requests_and_the_service(how: str) -> None:
         front_end.join()
         assert front_end.raised == []
         assert front_end.stop.is_set()
+
+
+def test_a_shutdown_with_a_step_in_flight_delivers_its_token() -> None:
+    executor = EchoExecutor()
+    with serving(executor, overlap=True) as front_end:
+        front_end.send(submit("a", 3, 290))
+        front_end.receive()
+        front_end.send(Shutdown())
+        outputs = front_end.outputs_until("a")
+        assert outputs[-1].error == "the engine is shutting down"
+        front_end.join()
+    sampled = sum(bool(batch.rows) for batch in executor.batches)
+    assert sum(len(output.token_ids) for output in outputs) == sampled
+    assert not executor.results
 
 
 def test_a_front_end_that_does_not_read_holds_the_engine_up_and_loses_nothing() -> None:

@@ -3,7 +3,7 @@
 import math
 import random
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,6 +52,7 @@ class CheckedRun:
     options: BatchOptions
     max_context_tokens: int = 10_000
     prefix_cache: bool = True
+    overlap: bool = False
     outputs: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, TokenOutput] = field(default_factory=dict)
     accepted: dict[str, Submit] = field(default_factory=dict)
@@ -61,13 +62,23 @@ class CheckedRun:
     def __post_init__(self) -> None:
         self.executor = ToyModelExecutor(self.sharding)
         self.scheduler = Scheduler(self.sharding, self.options, self.max_context_tokens, prefix_cache=self.prefix_cache)
-        self.engine = Engine(self.scheduler, self._execute, [EOS_TOKEN_ID], clock=lambda: float(self.seconds))
+        self.engine = Engine(
+            self.scheduler, self, [EOS_TOKEN_ID], clock=lambda: float(self.seconds), overlap=self.overlap
+        )
         self.seconds = 0
         """One for each step."""
         self.orders: list[tuple[int, int]] = [(0, 0)]
         """By sequence id, what comes first sorts first. Sequence ids count accepted requests from 1."""
         self.starts: Counter[int] = Counter()
         """How often each sequence was started."""
+        self.launched: deque[Batch] = deque()
+        """Not collected, the oldest first."""
+        self.sampled: list[list[int]] = [[]]
+        """By sequence id, all that were collected: what the engine knows, and tells when its step returns."""
+        self.owners: dict[int, list[int]] = {}
+        """By sequence id: the ranks of its pages when its newest token was collected."""
+        self.over: set[int] = set()
+        """Sequences that have ended with those, or were aborted."""
         self.must_compute: set[int] = set()
         """Sequences that decode: each must have a row in the next batch, or be dropped by it."""
 
@@ -79,6 +90,7 @@ class CheckedRun:
         self.accepted[request.request_id] = request
         self.orders.append((self.seconds + 10 * request.sampling.priority, len(self.accepted)))
         self.outputs[request.request_id] = []
+        self.sampled.append([])
         return True
 
     def abort(self, request_id: str) -> None:
@@ -86,6 +98,7 @@ class CheckedRun:
         assert (output is None) == (request_id in self.ends or request_id not in self.accepted)
         if output is not None:
             assert output.finish_reason == "abort"
+            self.over.add(1 + list(self.accepted).index(request_id))
             self._note(output)
 
     def text(self, request_id: str) -> bytes:
@@ -139,9 +152,8 @@ class CheckedRun:
             self.cached_tokens[output.request_id] = output.cached_tokens
             prompt_tokens = len(self.accepted[output.request_id].prompt_token_ids) // 4
             assert 0 <= output.cached_tokens < prompt_tokens
-            table = self.executor.sequences[1 + list(self.accepted).index(output.request_id)].table
-            owners = [rank for rank, _ in table[: self.sharding.pages_for(prompt_tokens)]]
-            assert array("H", output.page_owners).tolist() == owners
+            owners = self.owners[1 + list(self.accepted).index(output.request_id)]
+            assert array("H", output.page_owners).tolist() == owners[: self.sharding.pages_for(prompt_tokens)]
         else:
             assert output.cached_tokens == 0, "told twice"
             assert output.page_owners == b"", "told twice"
@@ -151,7 +163,8 @@ class CheckedRun:
             assert output.stop_token_id == (EOS_TOKEN_ID if output.finish_reason == "stop" else None)
             self.ends[output.request_id] = output
 
-    def _execute(self, batch: Batch) -> StepResult:
+    def launch(self, batch: Batch) -> None:
+        """The engine's executor is the toy model, and this run that looks at each batch first."""
         assert sum(row.count for row in batch.rows) <= self.options.max_batch_tokens
         assert len({row.sequence_id for row in batch.rows}) == len(batch.rows)
         streams = self.must_compute - set(batch.dropped)
@@ -165,20 +178,49 @@ class CheckedRun:
             rows = [row for row in batch.rows if row.sequence_id == new.sequence_id]
             assert len(rows) == 1, "started, and left without a token"
             assert new.sequence_id not in batch.dropped, "sent away and taken back in one step"
-        request_ids = list(self.accepted)
-        preempted = [number for number in batch.dropped if request_ids[number - 1] not in self.ends]
+        preempted = [number for number in batch.dropped if number not in self.over]
         rows = {row.sequence_id for row in batch.rows}
         first_preempted = min((self.orders[number] for number in preempted), default=(math.inf, 0))
         assert all(self.orders[number] < first_preempted for number in rows), "somebody made room who comes before"
-        running = rows | self.executor.sequences.keys() - set(batch.dropped)
+        complete = self._complete()
+        running = rows | self.executor.sequences.keys() - set(batch.dropped) - complete
         assert not running or min(running, key=self.orders.__getitem__) in rows, "the first had to wait"
-        result = self.executor(batch)
+        self.launched.append(batch)
+        self.executor.launch(batch)
         assert self.executor.used_per_rank == self.scheduler.pages_used_per_rank
         computed = {row.sequence_id for row in batch.rows}
-        assert self.must_compute <= computed | set(batch.dropped), "a stream was left out of a step"
+        assert self.must_compute <= computed | set(batch.dropped) | complete, "a stream was left out of a step"
+        assert not computed & complete, "a token was computed that nobody may have"
         sampled = {row.sequence_id for row in batch.rows if row.samples}
-        self.must_compute = (self.must_compute - set(batch.dropped)) | sampled
+        self.must_compute = (self.must_compute - set(batch.dropped) - complete) | sampled
+
+    def collect(self) -> StepResult:
+        result = self.executor.collect()
+        rows = [row for row in self.launched.popleft().rows if row.samples]
+        for row, token_id in zip(rows, result.token_ids, strict=True):
+            if row.sequence_id not in self.over:
+                sampling = self._request(row.sequence_id).sampling
+                outputs = self.sampled[row.sequence_id]
+                outputs.append(token_id)
+                self.owners[row.sequence_id] = [rank for rank, _ in self.executor.sequences[row.sequence_id].table]
+                if len(outputs) == sampling.max_tokens or (token_id == EOS_TOKEN_ID and not sampling.ignore_eos):
+                    self.over.add(row.sequence_id)
         return result
+
+    def _request(self, sequence_id: int) -> Submit:
+        return list(self.accepted.values())[sequence_id - 1]
+
+    def _known_text(self, sequence_id: int) -> bytes:
+        return self._request(sequence_id).prompt_token_ids + token_bytes(self.sampled[sequence_id])
+
+    def _complete(self) -> set[int]:
+        """Sequences whose last token is sampled, by their max_tokens: where steps overlap, that is known before it."""
+        return {
+            number
+            for number, sequence in self.executor.sequences.items()
+            if len(sequence.token_ids) * 4
+            == len(self._request(number).prompt_token_ids) + 4 * self._request(number).sampling.max_tokens
+        }
 
     def _num_more_urgent(self, sequence_id: int) -> int:
         """Sequences for which this one may have had to give way, once for each."""
@@ -192,18 +234,17 @@ class CheckedRun:
         """Sequences that come before this one and neither ended nor run."""
         started = {new.sequence_id for new in batch.started}
         running = self.executor.sequences.keys() - set(batch.dropped) | started
-        live = [n for n, request_id in enumerate(self.accepted, 1) if request_id not in self.ends]
+        live = [n for n in range(1, len(self.accepted) + 1) if n not in self.over]
         return [n for n in live if n not in running and self.orders[n] < self.orders[sequence_id]]
 
     def _follows(self, sequence_id: int, batch: Batch) -> bool:
         """Whether somebody who comes before has still to compute the next page that nobody else has."""
-        request_ids = list(self.accepted)
-        text = self.text(request_ids[sequence_id - 1])[:-4]
+        text = self._known_text(sequence_id)[:-4]
         page_bytes = 4 * self.sharding.page_tokens
         for row in batch.rows:
             if self.orders[row.sequence_id] < self.orders[sequence_id]:
                 page_end = (row.start // self.sharding.page_tokens + 1) * page_bytes
-                other = self.text(request_ids[row.sequence_id - 1])
+                other = self._known_text(row.sequence_id)
                 if len(text) >= page_end and text[:page_end] == other[:page_end]:
                     return True
         return False

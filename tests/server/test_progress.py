@@ -16,7 +16,7 @@ import pytest
 import zmq
 
 from engine.fake_executors import EchoExecutor
-from leanserve.contracts.batch import Batch, StepResult
+from leanserve.contracts.batch import Batch
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import EngineReady, encode
@@ -50,10 +50,10 @@ class SteppedExecutor(EchoExecutor):
     def set_free(self) -> None:
         self._free.set()
 
-    def __call__(self, batch: Batch) -> StepResult:
+    def launch(self, batch: Batch) -> None:
         while not (self._free.is_set() or self._allowed.acquire(timeout=0.001) or self._socket.poll(0)):
             pass
-        return super().__call__(batch)
+        super().launch(batch)
 
 
 @dataclass

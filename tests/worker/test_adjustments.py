@@ -10,7 +10,6 @@ from leanserve.contracts.sampling import SamplingParams
 from leanserve.grammars.grammar import make_grammar_tokenizer
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.worker.adjustments import Adjustments
-from leanserve.worker.sequences import LiveSequence
 
 V = 60
 EOS = (3,)
@@ -23,15 +22,10 @@ def new(sequence_id: int, sampling: SamplingParams, outputs: list[int] = OUTPUTS
     return NewSequence(sequence_id, tokens.tobytes(), len(PROMPT), sampling, 0)
 
 
-def live(sampling: SamplingParams, outputs: list[int] = OUTPUTS) -> LiveSequence:
-    tokens = np.array(PROMPT + outputs, np.int32)
-    return LiveSequence(sampling, 0, len(PROMPT), len(tokens), tokens)
-
-
 def adjusted(logits_MV: torch.Tensor, many: list[SamplingParams], outputs: list[int] = OUTPUTS) -> torch.Tensor:
     adjustments = Adjustments(V, EOS, torch.device("cpu"))
     adjustments.apply([], [new(i, sampling, outputs) for i, sampling in enumerate(many)])
-    result, failed = adjustments.adjust(logits_MV, list(range(len(many))), [live(s, outputs) for s in many])
+    result, failed = adjustments.adjust(logits_MV, list(range(len(many))), [len(outputs)] * len(many))
     assert failed == {}
     return result
 
@@ -88,10 +82,10 @@ def test_penalties_follow_the_tokens_and_a_restart_changes_nothing(logits_MV):
     adjustments = Adjustments(V, EOS, torch.device("cpu"))
     adjustments.apply([], [new(1, sampling, [])])
     for token_id in OUTPUTS:
-        assert adjustments.accept([1], [token_id]) == set()
-    grown, _ = adjustments.adjust(logits_MV[:1], [1], [live(sampling)])
+        adjustments.count([1], torch.tensor([token_id]))
+    grown, _ = adjustments.adjust(logits_MV[:1], [1], [len(OUTPUTS)])
     adjustments.apply([1], [new(1, sampling)])
-    restarted, _ = adjustments.adjust(logits_MV[:1], [1], [live(sampling)])
+    restarted, _ = adjustments.adjust(logits_MV[:1], [1], [len(OUTPUTS)])
     assert torch.equal(grown, restarted)
 
 
@@ -127,7 +121,7 @@ def grammar_adjustments(tokenizer: Tokenizer) -> Adjustments:
 
 def allowed_ids(adjustments: Adjustments, tokenizer: Tokenizer, sampling: SamplingParams, outputs: list[int]):
     logits = torch.zeros(1, tokenizer.vocab_size + 5)
-    result, failed = adjustments.adjust(logits, [1], [live(sampling, outputs)])
+    result, failed = adjustments.adjust(logits, [1], [len(outputs)])
     assert failed == {}
     return set((result[0] > -1e29).nonzero().flatten().tolist())
 
@@ -159,7 +153,7 @@ def test_samples_of_one_grammar_go_their_own_ways(tokenizer):
     [a], [b], [x] = (tokenizer.encode(text, add_special_tokens=False) for text in "abx")
     assert adjustments.accept([1, 2], [a, b]) == set()
     logits = torch.zeros(2, tokenizer.vocab_size + 5)
-    result, failed = adjustments.adjust(logits, [1, 2], [live(sampling, [a]), live(sampling, [b])])
+    result, failed = adjustments.adjust(logits, [1, 2], [1, 1])
     assert failed == {}
     assert [bool(row[x] > -1e29) for row in result] == [False, True]
 
@@ -178,7 +172,7 @@ def test_the_grammar_has_the_last_word(tokenizer):
     adjustments = grammar_adjustments(tokenizer)
     adjustments.apply([], [new(1, sampling, [])])
     logits = torch.zeros(1, tokenizer.vocab_size + 5)
-    result, _ = adjustments.adjust(logits, [1], [live(sampling, [])])
+    result, _ = adjustments.adjust(logits, [1], [0])
     assert "yes".startswith(tokenizer.decode([int(result.argmax())]))
     assert torch.softmax(result.double(), -1).isfinite().all()
 
@@ -189,7 +183,7 @@ def test_a_grammar_that_cannot_be_compiled_fails_alone(tokenizer):
     many = [SamplingParams(structured_outputs=wish) for wish in wishes]
     adjustments.apply([], [new(i, sampling, []) for i, sampling in enumerate(many)])
     logits = torch.zeros(3, tokenizer.vocab_size + 5)
-    _, failed = adjustments.adjust(logits, [0, 1, 2], [live(sampling, []) for sampling in many])
+    _, failed = adjustments.adjust(logits, [0, 1, 2], [0] * len(many))
     assert set(failed) == {0, 1}
     assert "unclosed group" in failed[0]
     assert adjustments.accept([0, 1], [5, 5]) == set()
@@ -198,5 +192,5 @@ def test_a_grammar_that_cannot_be_compiled_fails_alone(tokenizer):
 def test_without_a_tokenizer_it_fails_alone():
     adjustments = Adjustments(V, EOS, torch.device("cpu"))
     adjustments.apply([], [new(1, SamplingParams(structured_outputs={"json_object": True}))])
-    _, failed = adjustments.adjust(torch.zeros(1, V), [1], [live(SamplingParams())])
+    _, failed = adjustments.adjust(torch.zeros(1, V), [1], [len(OUTPUTS)])
     assert "needs a tokenizer" in failed[1]

@@ -115,7 +115,7 @@ def test_rows_follow_whoever_comes_goes_waits_and_grows(seed):
         assert unused.pages_B[len(ids) :].tolist() == [-1] * (10 - len(ids))
         assert unused.sequence_pages.lengths_B[len(ids) :].tolist() == [0] * (10 - len(ids))
         tokens = torch.tensor([crowd.random.randrange(VOCAB_SIZE) for _ in ids], dtype=torch.int64)
-        rows.advance(tokens)
+        rows.advance(tokens, sequences)
         for sequence, token in zip(sequences, tokens.tolist(), strict=True):
             sequence.append_token(token)
 
@@ -140,9 +140,24 @@ def test_a_step_in_which_nobody_comes_goes_or_grows_uploads_nothing(monkeypatch)
         if position == 8:
             live.apply([], [], [PageGrant(1, 2, 0, 6)])
         rows.arrange([Row(i, position, 1, True) for i in range(3)], sequences)
-        rows.advance(torch.tensor([7, 8, 9]))
+        rows.advance(torch.tensor([7, 8, 9]), sequences)
     assert len(uploads) == 2, "when they joined, and when one got a page"
     assert uploads[1] == 3 + 3 + 4, "a page costs four numbers, and each row two"
+
+
+def test_tokens_that_the_host_does_not_know_yet_are_found_on_the_device():
+    """One that decodes on, and one whose prompt has just ended; they change places, and another joins between them."""
+    live = LiveSequences(0, T)
+    new = [NewSequence(i, np.arange(2, dtype=np.int32).tobytes(), 2, SamplingParams(), 0) for i in range(3)]
+    live.apply([], new, [PageGrant(i, 0, 0, i) for i in range(3)])
+    rows = DecodeRows(max_rows=3, max_pages=4, page_tokens=T, device=CPU)
+    rows.arrange([Row(0, 1, 1, True)], [live[0]])
+    rows.advance(torch.tensor([70, 71]), [live[0], live[1]])
+    rows.arrange([Row(1, 2, 1, True), Row(2, 1, 1, True), Row(0, 2, 1, True)], [live[1], live[2], live[0]])
+    assert [(token, position) for token, position, *_ in found(rows, 3, [1, 1, 1])] == [(71, 2), (1, 1), (70, 2)]
+    rows.advance(torch.tensor([81, 82, 80]), [live[1], live[2], live[0]])
+    rows.arrange([Row(0, 3, 1, True), Row(1, 3, 1, True)], [live[0], live[1]])
+    assert [(token, position) for token, position, *_ in found(rows, 2, [1, 1])] == [(80, 3), (81, 3)]
 
 
 def test_a_sequence_that_was_sent_away_and_starts_again_at_once_is_another_one():
@@ -152,7 +167,7 @@ def test_a_sequence_that_was_sent_away_and_starts_again_at_once_is_another_one()
     first = NewSequence(1, np.array([5, 6], np.int32).tobytes(), 2, SamplingParams(), 0)
     live.apply([], [first], [PageGrant(1, 0, 0, 3)])
     rows.arrange([Row(1, 1, 1, True)], [live[1]])
-    rows.advance(torch.tensor([7]))
+    rows.advance(torch.tensor([7]), [live[1]])
     again = NewSequence(1, np.array([5, 6, 7], np.int32).tobytes(), 2, SamplingParams(), 0)
     live.apply([1], [again], [PageGrant(1, 0, 0, 9)])
     rows.arrange([Row(1, 2, 1, True)], [live[1]])

@@ -19,14 +19,15 @@ import zmq
 from capture_tape import CaptureError, Tape, TapeCapture, storages_of
 from checkpoints import checkpoint, hf_greedy, random_prompts
 from leanserve.attention.kv_shard import KvShard
+from leanserve.contracts.batch import Batch
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
 from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepSender
 from leanserve.distributed.ranks import Ranks
+from leanserve.launch.all_ranks import make_engine
 from leanserve.launch.loading import LoadedRank, load_rank
 from leanserve.launch.place import Place
-from leanserve.launch.rank import make_engine
 from leanserve.model.architecture import read_architecture
 from leanserve.model.decoder import Decoder
 from leanserve.worker.graphs import CudaCapture, capture_sizes
@@ -81,14 +82,14 @@ def prompts() -> list[list[int]]:
     return random_prompts([length for lengths in ARRIVALS.values() for length in lengths], seed=21)
 
 
-def serve(loaded: LoadedRank, config: EngineConfig, folder: Path) -> list[list[int]]:
+def serve(loaded: LoadedRank, config: EngineConfig, folder: Path, *, overlap: bool | None = None) -> list[list[int]]:
     """Greedy tokens of prompts that come in the midst of each other's completions."""
     tokens: list[list[int]] = [[] for _ in prompts()]
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
     waiting = list(enumerate(prompts()))
     with zmq.Context() as context:
         sender = StepSender(context, folder, num_ranks=1)
-        engine = make_engine(loaded, config, sender)
+        engine = make_engine(loaded, config, sender, overlap=overlap)
         step = 0
         while waiting or engine.has_work:
             for _ in ARRIVALS.get(step, []):
@@ -124,7 +125,7 @@ def _replay_a_tape(model_dir: Path, folder: Path) -> None:
     capture = TapeCapture()
     loaded.runner.capture_graphs(capture, lambda done, total: None)
     seen = compare_with_eager(loaded.runner)
-    tokens = serve(loaded, config, folder)
+    tokens = serve(loaded, config, folder, overlap=True)
     with torch.inference_mode(), Tape(storages_of(lambda: loaded.runner.decode_eagerly(MAX_SEQUENCES))) as tape:
         loaded.runner.decode_eagerly(MAX_SEQUENCES)
     # Of the first tape what follows is the copy into the logits' buffer.
@@ -234,6 +235,40 @@ def test_cuda_graphs_replay_the_bits_of_eager_steps(tmp_path_factory, tmp_path):
     eager, config = load(model_dir, "cuda", enforce_eager=True)
     assert not eager.info.captures_graphs
     assert serve(eager, config, tmp_path) == hf_greedy(model_dir, prompts(), NEW_TOKENS)
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_the_device_only_to_collect(tmp_path_factory):
+    """Greedy, drawn and penalized rows, with logprobs: torch raises where a launch of a decode step would wait."""
+    loaded, config = load(checkpoint(tmp_path_factory, **MODEL), "cuda")
+    wishes = [
+        SamplingParams(temperature=0, max_tokens=60),
+        SamplingParams(temperature=1.1, seed=1, max_tokens=60, logprobs=3),
+        SamplingParams(temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, seed=2, max_tokens=60),
+        SamplingParams(repetition_penalty=1.2, frequency_penalty=0.5, min_tokens=3, seed=3, max_tokens=60),
+    ]
+    runner = loaded.runner
+    launch, launched = runner.launch, 0
+
+    def launch_without_waiting(batch: Batch) -> None:
+        nonlocal launched
+        decodes_alone = bool(batch.rows) and all(row.count == 1 for row in batch.rows)
+        torch.cuda.set_sync_debug_mode("error" if decodes_alone else "default")
+        try:
+            launch(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        launched += decodes_alone
+
+    runner.launch = launch_without_waiting  # type: ignore[method-assign]
+    with zmq.Context() as context:
+        engine = make_engine(loaded, config, StepSender(context, Path("unused"), num_ranks=1))
+        for index, sampling in enumerate(wishes):
+            prompt = array("i", random_prompts([20], seed=index)[0]).tobytes()
+            engine.submit(Submit(str(index), prompt, sampling))
+        while engine.has_work:
+            engine.step()
+    assert launched > 50
 
 
 @pytest.mark.gpu

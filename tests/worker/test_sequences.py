@@ -83,7 +83,7 @@ def test_a_step_is_laid_out_decode_rows_first():
     inputs = laid_out([Row(1, 4, 1, True), Row(2, 0, 2, False)], live, Ranks.single(CPU))
     assert inputs.tokens_N.tolist() == [14, 20, 21]
     assert inputs.prompt_lengths_N.tolist() == [5, 3, 3]
-    assert inputs.prefill_samples.owners == []
+    assert inputs.prefill_samples.owners.tolist() == []
     layout = inputs.layout
     assert layout.positions_N.tolist() == [4, 0, 1]
     assert layout.pages_N.tolist() == [3, 1, 1]

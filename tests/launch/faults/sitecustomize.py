@@ -26,24 +26,28 @@ def spoil(module: Any) -> None:
         leanserve.launch.meeting.__version__ = "0.0.0"
     if "FAULT_GROUP_TIMEOUT" in os.environ:
         module.Ranks.join.__func__.__kwdefaults__["timeout_s"] = float(os.environ["FAULT_GROUP_TIMEOUT"])
-    execute = module.Runner.execute
+    launch, collect = module.Runner.launch, module.Runner.collect
     deadly = int(os.environ.get("FAULT_DEADLY_TOKEN", "-1"))
     diverge = Path(os.environ.get("FAULT_DIVERGE", "/nowhere"))
     held = Path(os.environ.get("FAULT_HELD", "/nowhere"))
 
-    def faulty(self: Any, batch: Any) -> Any:
+    def faulty_launch(self: Any, batch: Any) -> None:
         while held.exists():
             time.sleep(0.01)
-        result = execute(self, batch)
+        launch(self, batch)
         for new in batch.started:
             if int.from_bytes(new.token_ids[:4], sys.byteorder) == deadly:
                 os._exit(9)
+
+    def diverging_collect(self: Any) -> Any:
+        result = collect(self)
         if diverge.exists() and diverge.read_text() == str(self._ranks.rank):
             diverge.unlink()
-            self._checksum ^= 1
+            self._checksums[result.step] ^= 1
         return result
 
-    module.Runner.execute = faulty
+    module.Runner.launch = faulty_launch
+    module.Runner.collect = diverging_collect
 
 
 class Finder(importlib.abc.MetaPathFinder):
