@@ -120,9 +120,9 @@ def wait_ready(server: LiveServer) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             break
-        told = re.search(r"http://127\.0\.0\.1:\d+(?=\D)", server.log.read_text(errors="replace"))
+        told = re.search(r"(?:curl |ready at )(http://127\.0\.0\.1:\d+)(?=\D)", server.log.read_text(errors="replace"))
         if told is not None:
-            server.url = told[0]
+            server.url = told[1]
             assert httpx.get(f"{server.url}/ready", timeout=PATIENCE_S).status_code == 200
             return
         time.sleep(0.1)

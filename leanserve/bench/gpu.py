@@ -1,5 +1,5 @@
-"""`bench gpu`: decode steps on one GPU, with CUDA graphs, overlapping steps and fused kernels and without them, and what
-must be the same either way."""
+"""`bench gpu`: decode steps on one GPU, with and without CUDA graphs, overlapping steps and fused kernels, and what
+must be the same."""
 
 import gc
 import os

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from leanserve.contracts.config import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from leanserve.launch.options import LaunchOptions
 
 
 @pytest.mark.parametrize(
     ("gpus", "given", "batch_tokens"),
-    [(0, None, 256), (2, None, 2048), (0, 77, 77), (2, 77, 77)],
+    [(0, None, CPU_BATCH_TOKENS), (2, None, GPU_BATCH_TOKENS), (0, 77, 77), (2, 77, 77)],
     ids=["cpu", "gpus", "cpu-given", "gpus-given"],
 )
 def test_a_step_holds_what_suits_the_device(monkeypatch, gpus: int, given: int | None, batch_tokens: int) -> None:
@@ -20,4 +21,4 @@ def test_a_step_holds_what_suits_the_device(monkeypatch, gpus: int, given: int |
 
 def test_without_gpus_no_gpu_is_looked_for() -> None:
     assert LaunchOptions(device="cpu", ranks=3).count_ranks() == (3, None)
-    assert LaunchOptions(device="cpu").engine_config(Path("/nowhere")).batch.max_batch_tokens == 256
+    assert LaunchOptions(device="cpu").engine_config(Path("/nowhere")).batch.max_batch_tokens == CPU_BATCH_TOKENS

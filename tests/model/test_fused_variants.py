@@ -28,11 +28,17 @@ from leanserve.model.fused import (
 )
 
 
+def _launch(num_warps: int) -> dict[str, int | bool]:
+    return {"num_warps": num_warps, "enable_fp_fusion": True}
+
+
 def _norm(width: int, dtype: str, *, adds: bool = True) -> Variant:
     types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "delta", "weight", "out")} | {"eps": "fp32"}
     constants: dict[str, Any] = norm_constants(width)
     name = f"{'add-' if adds else ''}norm-c{width}-{dtype}"
-    return Variant(name, norm_kernel, types, constants | ({} if adds else {"delta_ptr": None}), norm_warps(width), 3)
+    return Variant(
+        name, norm_kernel, types, constants | ({} if adds else {"delta_ptr": None}), _launch(norm_warps(width))
+    )
 
 
 def _heads(head_dim: int, dtype: str, *, norms: bool = True, rotates: bool = True) -> Variant:
@@ -41,12 +47,14 @@ def _heads(head_dim: int, dtype: str, *, norms: bool = True, rotates: bool = Tru
     constants |= {} if norms else {"weight_ptr": None}
     constants |= {} if rotates else {"cos_ptr": None, "sin_ptr": None}
     name = f"heads-d{head_dim}-{dtype}{'-norm' if norms else ''}{'-rope' if rotates else ''}"
-    return Variant(name, heads_kernel, types, constants, HEADS_WARPS, 3)
+    return Variant(name, heads_kernel, types, constants, _launch(HEADS_WARPS))
 
 
 def _swiglu(width: int, dtype: str) -> Variant:
     types = {"gate_up_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-    return Variant(f"swiglu-j{width}-{dtype}", swiglu_kernel, types, dict(swiglu_constants(width)), SWIGLU_WARPS, 3)
+    return Variant(
+        f"swiglu-j{width}-{dtype}", swiglu_kernel, types, dict(swiglu_constants(width)), _launch(SWIGLU_WARPS)
+    )
 
 
 def fused_variants(architecture: str) -> list[Variant]:
