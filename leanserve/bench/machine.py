@@ -46,7 +46,7 @@ def describe_machine() -> Machine:
         cpu=_cpu_name(),
         cores=available_cores(),
         memory_gib=round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        system=platform.platform(terse=True),
+        system=" ".join(filter(None, (platform.system(), platform.machine(), *platform.libc_ver()))),
         python=platform.python_version(),
         versions={"leanserve": __version__} | {name: version(name) for name in ("torch", "transformers", "numpy")},
         commit=_commit(),
