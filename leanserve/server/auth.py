@@ -14,12 +14,9 @@ from leanserve.contracts.errors import ConfigError
 from leanserve.server.errors import BusyKeyError, UnauthorizedError, error_reply
 from leanserve.server.middleware import refuse_unread
 from leanserve.server.page import Page
-from leanserve.server.request_facts import facts_of
+from leanserve.server.request_facts import PROBE_PATHS, facts_of
 
-__all__ = ["OPEN_PATHS", "KeyGate", "key_digests", "read_key_file"]
-
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
-"""Answered without a key: what load balancers and supervisors ask. Compared as the router compares, byte for byte."""
+__all__ = ["KeyGate", "key_digests", "read_key_file"]
 
 _KEY = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")
 """What may stand in a bearer header (RFC 6750), and is not guessed in an afternoon."""
@@ -58,8 +55,8 @@ def read_key_file(path: Path) -> list[str]:
 class KeyGate:
     """Lets a request through that shows a key (`Authorization: Bearer ...`); all else is answered 401.
 
-    Every path is closed but `OPEN_PATHS`, known or not, so that nothing can be found out by asking. The page at `/` is
-    shown beside its 401: it has a field for the key.
+    Every path is closed but `PROBE_PATHS` (compared as the router compares, byte for byte), known or not, so that
+    nothing can be found out by asking. The page at `/` is shown beside its 401: it has a field for the key.
 
     Args:
         digests: from `key_digests`, at least one.
@@ -76,7 +73,7 @@ class KeyGate:
         self._in_flight: Counter[bytes] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:  # nothing but HTTP is served
+        if scope["type"] != "http" or scope["path"] in PROBE_PATHS:  # nothing but HTTP is served
             await self._app(scope, receive, send)
             return
         digest = self._recognise(Headers(scope=scope).getlist("authorization"))

@@ -15,7 +15,7 @@ from leanserve.contracts.errors import RequestError
 from leanserve.server.errors import BodyTooLargeError, DeadlineError, ErrorReply, error_reply
 from leanserve.server.logs import RefusalLog, log_access, log_internal_error, printable
 from leanserve.server.metrics import HttpCounts
-from leanserve.server.request_facts import RequestFacts, facts_of
+from leanserve.server.request_facts import PROBE_PATHS, RequestFacts, facts_of
 from leanserve.server.statistics import Phase
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class RequestBoundary:
             self._counts.disconnects[facts.left_in] += 1
         if self._tracing is not None:
             self._tracing.record(scope, facts, status)
-        self._tell(facts, status, (time.perf_counter() - facts.arrived_at) * 1000)
+        self._tell(scope["path"], facts, status, (time.perf_counter() - facts.arrived_at) * 1000)
         log_access(
             id=facts.request_id,
             client=scope["client"][0] if scope.get("client") else None,
@@ -97,7 +97,7 @@ class RequestBoundary:
             completion_tokens=facts.completion_tokens,
         )
 
-    def _tell(self, facts: RequestFacts, status: int, duration_ms: float) -> None:
+    def _tell(self, path: str, facts: RequestFacts, status: int, duration_ms: float) -> None:
         extra = {
             "event": "request_ended",
             "request_id": facts.request_id,
@@ -106,7 +106,7 @@ class RequestBoundary:
             "error": facts.error_code,
             "duration_ms": round(duration_ms, 1),
         }
-        if facts.failure is None:
+        if facts.failure is None or path in PROBE_PATHS:
             logger.debug("request %s ended with %d after %.0f ms", facts.request_id, status, duration_ms, extra=extra)
         elif (status, facts.error_code) == (503, "overloaded"):
             self._refusals.note(facts.request_id, facts.failure)

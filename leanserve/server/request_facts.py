@@ -11,7 +11,10 @@ from leanserve.server.statistics import Phase, RequestTimes
 if TYPE_CHECKING:
     from leanserve.server.answer import Answer
 
-__all__ = ["RequestFacts", "facts_of"]
+__all__ = ["PROBE_PATHS", "RequestFacts", "facts_of"]
+
+PROBE_PATHS = frozenset({"/health", "/ready", "/ping"})
+"""Asked every few seconds by whoever looks after the server; "not yet" is an answer like another."""
 
 
 @dataclass(slots=True)

@@ -24,13 +24,12 @@ from starlette.types import Scope
 from leanserve import __version__
 from leanserve.server.answer import Answer
 from leanserve.server.logs import printable
-from leanserve.server.request_facts import RequestFacts
+from leanserve.server.request_facts import PROBE_PATHS, RequestFacts
 from leanserve.server.statistics import RequestTimes
 
 __all__ = ["Tracing"]
 
-_UNTRACED = frozenset({"/health", "/ready", "/ping", "/metrics"})
-"""What probes ask every few seconds."""
+_UNTRACED = PROBE_PATHS | {"/metrics"}
 _MAX_CHOICES_SHOWN = 16
 """A request may have thousands; so many have spans of their own."""
 _CLOSE_S = 5.0

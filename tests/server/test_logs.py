@@ -87,6 +87,19 @@ def test_refusals_are_told_at_once_and_then_counted(capsys: Captured, monkeypatc
     assert [(e["request_id"], e["others"]) for e in events(capsys)] == [("r100", 0), ("r111", 2)]
 
 
+def test_probes_of_a_server_that_is_not_ready_are_no_lines(capsys: Captured) -> None:
+    open_log("info", "json")
+
+    async def scenario() -> None:
+        async with live_server(None, ready=False) as live:
+            assert (await live.http.get("/ready")).status_code == 503
+            refused = await live.http.post("/v1/completions", json={"prompt": [5]}, headers={"X-Request-Id": "early"})
+            assert refused.status_code == 503
+
+    run(scenario())
+    assert [e["request_id"] for e in events(capsys) if "refused" in e["message"]] == ["early"]
+
+
 def test_a_full_queue_a_slow_reader_and_a_deadline_are_one_line_each(capsys: Captured) -> None:
     open_log("debug", "json")
 
