@@ -1,7 +1,8 @@
-"""Which keys a sequence sees, cut into tiles, and one tile read as float32: the portable path's view of the pages.
+"""Which keys a sequence sees, cut into tiles, and one tile read: the portable path's view of the pages.
 
-A tile is a run of one sequence's tokens small enough that its keys, in float32, stay in the cache between being
-read and being multiplied. Planning looks at page tables only; it knows nothing of queries or softmax.
+A tile is a run of one sequence's tokens that is attended to at once. Most must be copied out of their pages first;
+these are small enough to stay in the cache until they are multiplied. Planning looks at page tables only; it knows
+nothing of queries or softmax.
 
 Shapes: B sequences, K KV heads, D head dim, P pages of the pool, T tokens of a page, M max_pages, R tiles of a group,
 S tokens of a tile.
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from lean_attention.paged_kv import PagedKV
 
-TILE_ELEMENTS = 1 << 21
-"""K * S * D of a tile: 8 MB of float32 keys. The best of 1 to 16 MB on 2 cores (1 MB of L2 each, 32 MB of L3)."""
+TILE_ELEMENTS = 1 << 20
+"""K * S * D of a tile that is copied: 4 MB of float32 keys, which 2 cores with 2 MB of L2 each read best."""
+LONG_TILE_ELEMENTS = 1 << 24
+"""K * S * D of a tile that is read where it lies, or by so many queries that the copy does not count."""
 
 
 class Tile(NamedTuple):
@@ -59,11 +62,17 @@ class KvTiles:
 
 
 def cut_tiles(
-    kv: PagedKV, first_seen: Tensor | None = None, last_seen: Tensor | None = None, *, max_tokens: int | None = None
+    kv: PagedKV,
+    first_seen: Tensor | None = None,
+    last_seen: Tensor | None = None,
+    *,
+    tile_elements: int,
+    page_elements: int,
 ) -> KvTiles:
     """Tiles over the keys whose absolute position p has first_seen <= p <= last_seen ([B] int64; None means no bound).
 
-    The lower bound is exact. The upper one leaves out whole pages only. A tile has at most `max_tokens` tokens.
+    The lower bound is exact. The upper one leaves out whole pages only. A tile of several pages has at most
+    `tile_elements` (K * S * D), a tile inside one page at most `page_elements`.
     Raises ValueError if a sequence has more tokens than pages, or lists a page that the pool has not.
     """
     T, max_pages = kv.page_tokens, kv.page_table.shape[1]
@@ -96,16 +105,15 @@ def cut_tiles(
     cuts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0), skip.nonzero().flatten())).unique()
     sequence_of = torch.arange(kv.num_sequences).repeat_interleave(counts)
     breaks = torch.cat((torch.zeros(1, dtype=torch.int64), (pages.diff() != 1).cumsum(0))).tolist()
-    tile_tokens = max(1, TILE_ELEMENTS // (kv.num_kv_heads * kv.head_dim))
-    if max_tokens is not None:
-        tile_tokens = min(tile_tokens, max_tokens)
-    tiles = _tiles(T, tile_tokens, cuts.tolist(), sequence_of.tolist(), pages, filled, skip, breaks)
+    tile_tokens, piece_tokens = (max(1, n // (kv.num_kv_heads * kv.head_dim)) for n in (tile_elements, page_elements))
+    tiles = _tiles(T, tile_tokens, piece_tokens, cuts.tolist(), sequence_of.tolist(), pages, filled, skip, breaks)
     return KvTiles(pages, positions, torch.tensor(tiles, dtype=torch.int64).view(-1, len(Tile._fields)))
 
 
 def _tiles(
     T: int,
     tile_tokens: int,
+    piece_tokens: int,
     cuts: list[int],
     sequence_of: list[int],
     pages: Tensor,
@@ -125,7 +133,8 @@ def _tiles(
             count = last - first + 1
             adjacent = int(breaks[first] == breaks[last])
             stop = (count - 1) * T + filled_tokens[last]
-            for token in range(skipped_tokens[first], stop, tile_tokens):
+            longest = piece_tokens if count == 1 else stop
+            for token in range(skipped_tokens[first], stop, longest):
                 # Short tiles of about the same size share a group; a page larger than a tile is walked alone.
                 padded = 1 << (count - 1).bit_length()
                 group, room = open_groups.get(padded, (num_groups, 0))
@@ -133,68 +142,78 @@ def _tiles(
                     group, room = num_groups, max(1, tile_pages // padded)
                     num_groups += 1
                 open_groups[padded] = (group, room - 1)
-                tokens = min(stop - token, tile_tokens)
+                tokens = min(stop - token, longest)
                 tiles.append(Tile(group, sequence_of[first], first, count, token, tokens, adjacent, page_ids[first]))
     return tiles
 
 
 class TileReader:
-    """Reads tiles as float32 [R, K, S, D]: in place where the pool already looks like that, else into one buffer.
+    """Reads tiles of one pool as [R, K, S, D] of `dtype`: where they lie if they lie like that, else into one buffer.
 
     A tile that was read into the buffer is valid until the next read.
     """
 
-    def __init__(self, kv: PagedKV, tiles: KvTiles) -> None:
-        self._kv = kv
-        self._page_ids = tiles.pages.to(kv.device)
-        self._buffer = torch.empty(0, device=kv.device)
+    def __init__(self, pool: Tensor, tiles: KvTiles, dtype: torch.dtype) -> None:
+        self._pool = pool
+        self._page_ids = tiles.pages.to(pool.device)
+        self._buffer = torch.empty(0, dtype=dtype, device=pool.device)
 
-    def read(self, pool: Tensor, tiles: list[Tile]) -> Tensor:
+    def read(self, tiles: list[Tile]) -> Tensor:
         """Tiles of one group. A lone tile comes cut to its tokens; of several, all whole pages, padded with pages."""
-        return self._read_one(pool, tiles[0])[None] if len(tiles) == 1 else self._read_group(pool, tiles)
+        return self._read_one(tiles[0])[None] if len(tiles) == 1 else self._read_group(tiles)
 
-    def _read_one(self, pool: Tensor, tile: Tile) -> Tensor:
+    def _read_one(self, tile: Tile) -> Tensor:
+        pool = self._pool
         _, K, T, D = pool.shape
+        tokens = slice(tile.skip, tile.skip + tile.tokens)
         if tile.num_pages == 1:
-            return self._as_float32(pool[tile.page, :, tile.skip : tile.skip + tile.tokens])
-        tokens = tile.num_pages * T
+            return self._converted(pool[tile.page, :, tokens])
         page_stride, head_stride, token_stride, _ = pool.stride()
         if tile.adjacent and page_stride == T * token_stride:
             start = pool.storage_offset() + tile.page * page_stride
-            keys = pool.as_strided((K, tokens, D), (head_stride, token_stride, 1), start)
-            return self._as_float32(keys[:, tile.skip : tile.skip + tile.tokens])
+            keys = pool.as_strided((K, tile.num_pages * T, D), (head_stride, token_stride, 1), start)
+            return self._converted(keys[:, tokens])
         if tile.adjacent:
-            pages = pool[tile.page : tile.page + tile.num_pages]
+            pages = pool[tile.page : tile.page + tile.num_pages].transpose(0, 1)
+            keys = self._room(pages.numel()).view(pages.shape).copy_(pages).view(K, -1, D)
         else:
-            pages = pool.index_select(0, self._page_ids[tile.first : tile.first + tile.num_pages])
-        keys = self._room(K * tokens * D).view(K, tile.num_pages, T, D).copy_(pages.transpose(0, 1))
-        return keys.view(K, tokens, D)[:, tile.skip : tile.skip + tile.tokens]
+            keys = self._gathered(self._page_ids[None, tile.first : tile.first + tile.num_pages])[0]
+        return keys[:, tokens]
 
-    def _read_group(self, pool: Tensor, tiles: list[Tile]) -> Tensor:
-        _, K, T, D = pool.shape
+    def _read_group(self, tiles: list[Tile]) -> Tensor:
         count = max(tile.num_pages for tile in tiles)
-        # A short tile is padded by repeating its last page; `fill_unseen` blanks what does not count.
-        index = [tile.first + min(i, tile.num_pages - 1) for tile in tiles for i in range(count)]
-        pages = pool.index_select(0, self._page_ids[torch.tensor(index, device=pool.device)])
-        keys = self._room(len(tiles) * K * count * T * D).view(len(tiles), K, count, T, D)
-        keys.copy_(pages.view(len(tiles), count, K, T, D).transpose(1, 2))
-        return keys.view(len(tiles), K, count * T, D)
+        # A short tile is padded by repeating its last page; `blank_unseen` clears what does not count.
+        index = [[tile.first + min(i, tile.num_pages - 1) for i in range(count)] for tile in tiles]
+        return self._gathered(self._page_ids[torch.tensor(index, device=self._pool.device)])
 
-    def _as_float32(self, keys: Tensor) -> Tensor:
-        if keys.dtype == torch.float32:
+    def _gathered(self, page_ids_RP: Tensor) -> Tensor:
+        """Pages [R, P], wherever they lie, as [R, K, P * T, D]."""
+        pool = self._pool
+        R, num_pages = page_ids_RP.shape
+        _, K, T, D = pool.shape
+        room = self._room(R * K * num_pages * T * D)
+        if pool.dtype == room.dtype and pool.is_contiguous():
+            # One copy: the heads of a page are rows of memory.
+            rows = page_ids_RP[:, None] * K + torch.arange(K, device=pool.device)[:, None]
+            torch.index_select(pool.view(-1, T * D), 0, rows.flatten(), out=room.view(-1, T * D))
+        else:
+            pages = pool.index_select(0, page_ids_RP.flatten()).view(R, num_pages, K, T, D)
+            room.view(R, K, num_pages, T, D).copy_(pages.transpose(1, 2))
+        return room.view(R, K, num_pages * T, D)
+
+    def _converted(self, keys: Tensor) -> Tensor:
+        if keys.dtype == self._buffer.dtype:
             return keys
         return self._room(keys.numel()).view(keys.shape).copy_(keys)
 
     def _room(self, elements: int) -> Tensor:
         if self._buffer.numel() < elements:
-            self._buffer = torch.empty(elements, device=self._kv.device)
+            self._buffer = self._buffer.new_empty(elements)
         return self._buffer[:elements]
 
 
-def fill_unseen(x_RKSX: Tensor, tiles: list[Tile], value: float) -> None:
-    """In what was read for a group, or computed from it token by token: set the tokens that do not count to `value`."""
-    if len(tiles) == 1:
-        return
+def blank_unseen(x_RKSD: Tensor, tiles: list[Tile]) -> None:
+    """In what was read for several tiles: zero the tokens that do not count. They may hold NaN, and 0 * NaN is NaN."""
     for row, tile in enumerate(tiles):
-        x_RKSX[row, :, : tile.skip].fill_(value)
-        x_RKSX[row, :, tile.skip + tile.tokens :].fill_(value)
+        x_RKSD[row, :, : tile.skip].zero_()
+        x_RKSD[row, :, tile.skip + tile.tokens :].zero_()
