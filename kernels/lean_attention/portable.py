@@ -150,8 +150,8 @@ def _prefill_tile(
             q_1KGND[:, :, :, rows], k_1KSD[:, :, keys], v_1KSD[:, :, keys], scale=scale, softcap=softcap,
             bias_BNS=None if bias_NS is None else bias_NS[None], causal=causal,
         )  # fmt: skip
-        of_rows = AttentionState(state.out[rows], state.lse[rows])
-        _join(of_rows, out[0].permute(2, 0, 1, 3).reshape(-1, H, D), lse[0].permute(2, 0, 1).reshape(-1, H))
+        mine = AttentionState(state.out[rows].unflatten(1, (K, H // K)), state.lse[rows].unflatten(1, (K, H // K)))
+        _join(mine, out[0].permute(2, 0, 1, 3), lse[0].permute(2, 0, 1))
 
     # First the keys that come before every query.
     start = 0
