@@ -78,6 +78,8 @@ def _seen_tokens(tiles: list[Tile], k_RKSD: Tensor) -> Tensor:
 
 def _merge_tiles(sequence_of: Tensor, out: Tensor, lse: Tensor, B: int) -> tuple[Tensor, Tensor]:
     """Merge the tiles [tiles, K, G, D] and [tiles, K, G] of each sequence: out [B, K, G, D] and lse [B, K, G]."""
+    if torch.equal(sequence_of, torch.arange(B, device=out.device)):
+        return out, lse
     index = sequence_of[:, None, None].expand_as(lse)
     largest = lse.new_full((B, *lse.shape[1:]), NO_KEY).scatter_reduce_(0, index, lse, "amax")
     weight = torch.exp(lse - largest[sequence_of])
