@@ -84,8 +84,8 @@ def _parts(busy: int, keys: int) -> int:
 def _attend_to_parts(q_1KMD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor, scale: float, parts: int) -> tuple[Tensor, Tensor]:
     """One tile cut into `parts` that are attended to side by side, as a batch, and a rest; then merged."""
     length = k_1KSD.shape[2] // parts
-    cut = [x[0, :, : parts * length].unflatten(1, (parts, length)).transpose(0, 1) for x in (k_1KSD, v_1KSD)]
-    states = [_fused(q_1KMD.expand(parts, -1, -1, -1), *cut, scale)]
+    keys, values = (x[0, :, : parts * length].unflatten(1, (parts, length)).transpose(0, 1) for x in (k_1KSD, v_1KSD))
+    states = [_fused(q_1KMD.expand(parts, -1, -1, -1), keys, values, scale)]
     if parts * length < k_1KSD.shape[2]:
         states.append(_fused(q_1KMD, k_1KSD[:, :, parts * length :], v_1KSD[:, :, parts * length :], scale))
     out, lse = merge_in_torch(torch.cat([out for out, _ in states]), torch.cat([lse for _, lse in states]))
