@@ -16,7 +16,7 @@ from lean_attention import kv_tiles
 from lean_attention.kv_tiles import KvTiles, Tile, TileReader, blank_unseen, cut_tiles
 from lean_attention.paged_kv import PagedKV
 from lean_attention.state import AttentionState, merge_in_torch
-from lean_attention.tile_attention import NO_KEY, SCORE_ELEMENTS, attend, native_dtype
+from lean_attention.tile_attention import NO_KEY, SCORE_ELEMENTS, attend, attend_to_one, native_dtype
 
 
 def plan_decode(kv: PagedKV, *, window: int | None, q_positions: Tensor | None) -> KvTiles:
@@ -27,7 +27,7 @@ def plan_decode(kv: PagedKV, *, window: int | None, q_positions: Tensor | None) 
         first_seen = newest - window + 1
     copied = native_dtype(kv.k) != kv.k.dtype
     small, long = kv_tiles.TILE_ELEMENTS, kv_tiles.LONG_TILE_ELEMENTS
-    return cut_tiles(kv, first_seen, tile_elements=small, page_elements=small if copied else long)
+    return cut_tiles(kv, first_seen, tile_elements=small, page_elements=small if copied else long, in_place=not copied)
 
 
 def decode(
@@ -49,17 +49,21 @@ def decode(
     lse = torch.empty(num_tiles, K, H // K, device=q.device)
     out = torch.empty(num_tiles, K, H // K, D, device=q.device)
     k_reader, v_reader = TileReader(kv.k, plan, dtype), TileReader(kv.v, plan, dtype)
+    qk_scale = _scale(kv, scale)
     for group in plan.groups():
         rows, tiles = [row for row, _ in group], [tile for _, tile in group]
         k_RKSD, v_RKSD = k_reader.read(tiles), v_reader.read(tiles)
         bias = None
-        if any(tile.tokens != k_RKSD.shape[2] for tile in tiles):
+        if len(tiles) > 1 and any(tile.tokens != k_RKSD.shape[2] for tile in tiles):
             blank_unseen(k_RKSD, tiles)
             blank_unseen(v_RKSD, tiles)
             bias = _seen_tokens(tiles, k_RKSD)
-        queries = q_BKG1D[tiles[0].sequence][None] if len(tiles) == 1 else q_BKG1D[[tile.sequence for tile in tiles]]
-        state = attend(queries, k_RKSD, v_RKSD, scale=_scale(kv, scale), softcap=softcap, bias_BNS=bias)
-        where = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
+        if len(tiles) == 1:
+            where, sequence = slice(rows[0], rows[0] + 1), tiles[0].sequence
+            state = attend_to_one(q_BKG1D[sequence : sequence + 1], k_RKSD, v_RKSD, scale=qk_scale, softcap=softcap)
+        else:
+            where, queries = rows, q_BKG1D[[tile.sequence for tile in tiles]]
+            state = attend(queries, k_RKSD, v_RKSD, scale=qk_scale, softcap=softcap, bias_BNS=bias)
         out[where], lse[where] = (x.squeeze(3).float() for x in state)
     out, lse = _merge_tiles(plan.table[:, Tile._fields.index("sequence")].to(q.device), out, lse, B)
     if kv.v_scale is not None:

@@ -16,8 +16,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lean_attention.state import merge_in_torch
-
 NO_KEY = float("-inf")
 SCORE_ELEMENTS = 1 << 20
 """Of one block of scores or of a bias: 4 MB of float32."""
@@ -56,6 +54,24 @@ def attend(
     return _attend_in_products(q_BKGND, k_BKSD, v_BKSD, scale, softcap, bias_BNS, causal)
 
 
+def attend_to_one(
+    q_1KGND: Tensor, k_RKSD: Tensor, v_RKSD: Tensor, *, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The state of the same queries over all R pieces together, [1, K, G, N, D] and [1, K, G, N]."""
+    queries = q_1KGND.expand(k_RKSD.shape[0], -1, -1, -1, -1)
+    out, lse = attend(queries, k_RKSD, v_RKSD, scale=scale, softcap=softcap)
+    return (out, lse) if k_RKSD.shape[0] == 1 else _merge_pieces(out, lse)
+
+
+def _merge_pieces(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge states [R, ..., D] and [R, ...], each over a key or more, into [1, ..., D] and [1, ...]."""
+    largest = lse.amax(0, keepdim=True)
+    weight = (lse - largest).exp_()
+    sums = weight.sum(0, keepdim=True)
+    # In place: `out` was made for this, and may be as large as 4 MB.
+    return out.float().mul_((weight / sums).unsqueeze(-1)).sum(0, keepdim=True), largest + sums.log()
+
+
 def _attend_fused(
     q_BKGND: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, bias_BNS: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -88,8 +104,7 @@ def _attend_to_parts(q_1KMD: Tensor, k_1KSD: Tensor, v_1KSD: Tensor, scale: floa
     states = [_fused(q_1KMD.expand(parts, -1, -1, -1), keys, values, scale)]
     if parts * length < k_1KSD.shape[2]:
         states.append(_fused(q_1KMD, k_1KSD[:, :, parts * length :], v_1KSD[:, :, parts * length :], scale))
-    out, lse = merge_in_torch(torch.cat([out for out, _ in states]), torch.cat([lse for _, lse in states]))
-    return out[None], lse[None]
+    return _merge_pieces(torch.cat([out for out, _ in states]), torch.cat([lse for _, lse in states]))
 
 
 def _fused(
