@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # measure this checkout, whichever one is installed
 
 import gate
 from caches import bytes_needed, copies_needed, make_caches

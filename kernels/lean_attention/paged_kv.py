@@ -191,9 +191,10 @@ def _append(
         append_on_triton(k_new, v_new, kv, pages, slots)
         return
     mine = (pages >= 0).nonzero().flatten()
+    all_mine = mine.shape[0] == pages.shape[0]
     pages, slots = pages[mine].long(), slots[mine].long()
     for pool, new, scale in ((k, k_new, k_scale), (v, v_new, v_scale)):
-        rows = new[mine]
+        rows = new if all_mine else new[mine]
         if pool.dtype == torch.float8_e4m3fn:
             rows = rows.float() if scale is None else rows.float() / scale
             rows = rows.clamp(-FP8_MAX, FP8_MAX)

@@ -1,7 +1,7 @@
 """The operators in PyTorch, for any device: the production path on the CPU.
 
-Keys and values are read once, tile by tile, as float32, and multiplied with the GQA group's queries folded into rows;
-tiles leave partial softmax sums that are added up at the end. Nothing is padded to the longest sequence.
+Keys and values are read once, tile by tile, and attended to by all queries of a GQA group together; each tile leaves a
+state, and states are merged. Nothing is padded to the longest sequence.
 
 Shapes: B sequences, N query tokens, H query heads, K KV heads, G = H / K, D head dim, R tiles of a group, S tokens of a
 tile.
@@ -12,22 +12,22 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lean_attention.kv_tiles import KvTiles, Tile, TileReader, cut_tiles, fill_unseen
+from lean_attention import kv_tiles
+from lean_attention.kv_tiles import KvTiles, Tile, TileReader, blank_unseen, cut_tiles
 from lean_attention.paged_kv import PagedKV
 from lean_attention.state import AttentionState, merge_in_torch
-
-NO_KEY = float("-inf")
-PREFILL_TILE_TOKENS = 1024
-SCORE_ELEMENTS = 1 << 20
-"""K * G * queries * S of one block of prefill scores: 4 MB of float32."""
+from lean_attention.tile_attention import NO_KEY, SCORE_ELEMENTS, attend, attend_to_one, native_dtype
 
 
 def plan_decode(kv: PagedKV, *, window: int | None, q_positions: Tensor | None) -> KvTiles:
     """The tiles of one decode step."""
-    if window is None:
-        return cut_tiles(kv)
-    newest = (kv.lengths - 1 if q_positions is None else q_positions).long()
-    return cut_tiles(kv, first_seen=newest - window + 1)
+    first_seen = None
+    if window is not None:
+        newest = (kv.lengths - 1 if q_positions is None else q_positions).long()
+        first_seen = newest - window + 1
+    copied = native_dtype(kv.k) != kv.k.dtype
+    small, long = kv_tiles.TILE_ELEMENTS, kv_tiles.LONG_TILE_ELEMENTS
+    return cut_tiles(kv, first_seen, tile_elements=small, page_elements=small if copied else long, in_place=not copied)
 
 
 def decode(
@@ -43,57 +43,54 @@ def decode(
     """`lean_attention.lean_decode`, unchecked; a window is in the plan already."""
     B, H, D = q.shape
     K = kv.num_kv_heads
-    q_BKGD = _scaled_queries(q, kv, scale).view(B, K, H // K, D)
+    dtype = native_dtype(kv.k)
+    q_BKG1D = q.to(dtype).contiguous().view(B, K, H // K, 1, D)
     num_tiles = plan.table.shape[0]
-    peak = q_BKGD.new_empty(num_tiles, K, H // K)
-    total = torch.empty_like(peak)
-    mean = q_BKGD.new_empty(num_tiles, K, H // K, D)
-    reader = TileReader(kv, plan)
+    lse = torch.empty(num_tiles, K, H // K, device=q.device)
+    out = torch.empty(num_tiles, K, H // K, D, device=q.device)
+    k_reader, v_reader = TileReader(kv.k, plan, dtype), TileReader(kv.v, plan, dtype)
+    qk_scale = _scale(kv, scale)
     for group in plan.groups():
         rows, tiles = [row for row, _ in group], [tile for _, tile in group]
-        queries = q_BKGD[tiles[0].sequence][None] if len(tiles) == 1 else q_BKGD[[tile.sequence for tile in tiles]]
-        parts = _attend_to_tiles(queries, kv, reader, tiles, softcap)
-        where = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
-        peak[where], total[where], mean[where] = parts
-    out, lse = _add_up(plan.table[:, Tile._fields.index("sequence")].to(q.device), peak, total, mean, B)
+        k_RKSD, v_RKSD = k_reader.read(tiles), v_reader.read(tiles)
+        bias = None
+        if len(tiles) > 1 and any(tile.tokens != k_RKSD.shape[2] for tile in tiles):
+            blank_unseen(k_RKSD, tiles)
+            blank_unseen(v_RKSD, tiles)
+            bias = _seen_tokens(tiles, k_RKSD)
+        if len(tiles) == 1:
+            where, sequence = slice(rows[0], rows[0] + 1), tiles[0].sequence
+            state = attend_to_one(q_BKG1D[sequence : sequence + 1], k_RKSD, v_RKSD, scale=qk_scale, softcap=softcap)
+        else:
+            where, queries = rows, q_BKG1D[[tile.sequence for tile in tiles]]
+            state = attend(queries, k_RKSD, v_RKSD, scale=qk_scale, softcap=softcap, bias_BNS=bias)
+        out[where], lse[where] = (x.squeeze(3).float() for x in state)
+    out, lse = _merge_tiles(plan.table[:, Tile._fields.index("sequence")].to(q.device), out, lse, B)
     if kv.v_scale is not None:
         out *= kv.v_scale
     state = _with_sinks(AttentionState(out.view(B, H, D), lse.view(B, H)), sinks)
     return AttentionState(state.out.to(out_dtype), state.lse)
 
 
-def _attend_to_tiles(
-    q_RKGD: Tensor, kv: PagedKV, reader: TileReader, tiles: list[Tile], softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One group of tiles: the largest logit [R, K, G], the sum of exp(logit - largest), and the same sum of values."""
-    R, K, G, D = q_RKGD.shape
-    k_RKSD = reader.read(kv.k, tiles)
-    S = k_RKSD.shape[2]
-    # Keys on the left: twice as fast as queries on the left, where G is small.
-    scores_SG = torch.bmm(k_RKSD.reshape(R * K, S, D), q_RKGD.reshape(R * K, G, D).transpose(1, 2)).view(R, K, S, G)
-    if softcap is not None:
-        scores_SG.div_(softcap).tanh_().mul_(softcap)
-    fill_unseen(scores_SG, tiles, NO_KEY)
-    scores = scores_SG.transpose(2, 3).contiguous()
-    peak = scores.amax(dim=-1)
-    weights = scores.sub_(peak[..., None]).exp_()
-    v_RKSD = reader.read(kv.v, tiles)
-    # Unwritten slots may hold NaN, and 0 * NaN is NaN.
-    fill_unseen(v_RKSD, tiles, 0.0)
-    values = torch.bmm(weights.view(R * K, G, S), v_RKSD.reshape(R * K, S, D)).view(R, K, G, D)
-    return peak, weights.sum(dim=-1), values
+def _seen_tokens(tiles: list[Tile], k_RKSD: Tensor) -> Tensor:
+    """A bias [R, 1, S] of 0 for the tokens of each tile and -inf for its padding."""
+    token_S = torch.arange(k_RKSD.shape[2], device=k_RKSD.device)
+    skip_R1, tokens_R1 = torch.tensor([(t.skip, t.tokens) for t in tiles], device=k_RKSD.device).T.unsqueeze(-1)
+    seen_RS = (token_S >= skip_R1) & (token_S < skip_R1 + tokens_R1)
+    return torch.where(seen_RS, 0.0, NO_KEY).unsqueeze(1)
 
 
-def _add_up(sequence_of: Tensor, peak: Tensor, total: Tensor, values: Tensor, B: int) -> tuple[Tensor, Tensor]:
-    """Add up the tiles of each sequence: out [B, K, G, D] and lse [B, K, G]."""
-    K, G = peak.shape[1:]
-    index = sequence_of[:, None, None].expand_as(peak)
-    largest = peak.new_full((B, K, G), NO_KEY).scatter_reduce_(0, index, peak, "amax")
-    rescale = torch.exp(peak - largest[sequence_of])
-    sums = peak.new_zeros(B, K, G).index_add_(0, sequence_of, total * rescale)
-    out = values.new_zeros(B, *values.shape[1:]).index_add_(0, sequence_of, values * rescale[..., None])
+def _merge_tiles(sequence_of: Tensor, out: Tensor, lse: Tensor, B: int) -> tuple[Tensor, Tensor]:
+    """Merge the tiles [tiles, K, G, D] and [tiles, K, G] of each sequence: out [B, K, G, D] and lse [B, K, G]."""
+    if torch.equal(sequence_of, torch.arange(B, device=out.device)):
+        return out, lse
+    index = sequence_of[:, None, None].expand_as(lse)
+    largest = lse.new_full((B, *lse.shape[1:]), NO_KEY).scatter_reduce_(0, index, lse, "amax")
+    weight = torch.exp(lse - largest[sequence_of])
+    sums = torch.zeros_like(largest).index_add_(0, sequence_of, weight)
+    weighted = out.new_zeros(B, *out.shape[1:]).index_add_(0, sequence_of, out * weight[..., None])
     # Without a key the sum is 0 and its log -inf; a seen key makes it at least 1.
-    return out / sums.clamp_min(1.0)[..., None], largest + sums.log()
+    return weighted / sums.clamp_min(1.0)[..., None], largest + sums.log()
 
 
 def prefill(
@@ -120,71 +117,88 @@ def prefill(
         if begin < end:
             lowest[b], highest[b] = positions[begin:end].aminmax()
     first_seen = None if window is None else lowest - window + 1
-    plan = cut_tiles(kv, first_seen, highest, max_tokens=PREFILL_TILE_TOKENS)
-    queries = _scaled_queries(q, kv, scale)
-    tiles_of: list[list[Tile]] = [[] for _ in range(kv.num_sequences)]
+    elements = kv_tiles.LONG_TILE_ELEMENTS
+    plan = cut_tiles(kv, first_seen, highest, tile_elements=elements, page_elements=elements)
+    dtype = native_dtype(kv.k)
+    queries = q.to(dtype).contiguous()
+    k_reader, v_reader = TileReader(kv.k, plan, dtype), TileReader(kv.v, plan, dtype)
     for fields in plan.table.tolist():
         tile = Tile(*fields)
-        tiles_of[tile.sequence].append(tile)
-    for b, (begin, end) in enumerate(pairwise(offsets)):
-        if tiles_of[b]:
-            _prefill_sequence(
-                AttentionState(state.out[begin:end], state.lse[begin:end]),
-                queries[begin:end], positions[begin:end], kv, plan, tiles_of[b], window, softcap,
-            )  # fmt: skip
+        rows = slice(offsets[tile.sequence], offsets[tile.sequence + 1])
+        _prefill_tile(
+            AttentionState(state.out[rows], state.lse[rows]), queries[rows], positions[rows],
+            k_reader.read([tile]), v_reader.read([tile]), _positions(kv, plan, tile), _scale(kv, scale), window,
+            softcap,
+        )  # fmt: skip
     if kv.v_scale is not None:
         state.out.mul_(kv.v_scale)
     return _with_sinks(state, sinks)
 
 
-def _prefill_sequence(
+def _prefill_tile(
     state: AttentionState,
     q_NHD: Tensor,
-    positions_N: Tensor,
-    kv: PagedKV,
-    plan: KvTiles,
-    tiles: list[Tile],
+    queries_N: Tensor,
+    k_1KSD: Tensor,
+    v_1KSD: Tensor,
+    keys_S: Tensor,
+    scale: float,
     window: int | None,
     softcap: float | None,
 ) -> None:
-    """Fill `state` for one sequence's queries, tile by tile, each against blocks of queries."""
+    """Let the keys of a tile, at positions keys_S, join the state of one sequence's queries, at positions queries_N."""
     N, H, D = q_NHD.shape
-    K = kv.num_kv_heads
-    G = H // K
-    q_KGND = q_NHD.view(N, K, G, D).permute(1, 2, 0, 3).contiguous()
-    peak = q_KGND.new_full((K, G, N), NO_KEY)
-    total = q_KGND.new_zeros(K, G, N)
-    values = q_KGND.new_zeros(K, G, N, D)
-    k_reader, v_reader = TileReader(kv, plan), TileReader(kv, plan)
-    for tile in tiles:
-        k_KSD, v_KSD = k_reader.read(kv.k, [tile])[0], v_reader.read(kv.v, [tile])[0]
-        key_positions = _positions(kv, plan, tile)
-        block = max(1, SCORE_ELEMENTS // (H * tile.tokens))
-        for begin in range(0, N, block):
-            rows = slice(begin, begin + block)
-            keys, bias_NS = _visible_keys(key_positions, positions_N[rows], window)
-            if keys.start == keys.stop:
-                continue
-            n, S = positions_N[rows].shape[0], keys.stop - keys.start
-            queries = q_KGND[:, :, rows].reshape(K, G * n, D)
-            scores = torch.bmm(queries, k_KSD[:, keys].transpose(1, 2)).view(K, G, n, S)
-            if softcap is not None:
-                scores.div_(softcap).tanh_().mul_(softcap)
-            if bias_NS is not None:
-                scores += bias_NS.to(scores.device)
-            old = peak[:, :, rows]
-            new = torch.maximum(old, scores.amax(dim=-1))
-            # A query that has seen no key yet has -inf here, and -inf - -inf would be NaN.
-            reachable = new.masked_fill(new == NO_KEY, 0.0)
-            weights = scores.sub_(reachable[..., None]).exp_()
-            rescale = torch.exp(old - reachable)
-            peak[:, :, rows] = new
-            total[:, :, rows] = total[:, :, rows] * rescale + weights.sum(dim=-1)
-            gained = torch.bmm(weights.view(K, G * n, S), v_KSD[:, keys]).view(K, G, n, D)
-            values[:, :, rows] = values[:, :, rows] * rescale[..., None] + gained
-    out = values / total.masked_fill(total == 0, 1.0)[..., None]
-    state.out.copy_(out.permute(2, 0, 1, 3).reshape(N, H, D))
-    state.lse.copy_((peak + total.log()).permute(2, 0, 1).reshape(N, H))
+    K, S = k_1KSD.shape[1:3]
+    q_1KGND = q_NHD.view(N, K, H // K, D).permute(1, 2, 0, 3)[None]
+
+    def join(rows: slice, keys: slice, bias_NS: Tensor | None = None, *, causal: bool = False) -> None:
+        out, lse = attend(
+            q_1KGND[:, :, :, rows], k_1KSD[:, :, keys], v_1KSD[:, :, keys], scale=scale, softcap=softcap,
+            bias_BNS=None if bias_NS is None else bias_NS[None], causal=causal,
+        )  # fmt: skip
+        mine = AttentionState(state.out[rows].unflatten(1, (K, H // K)), state.lse[rows].unflatten(1, (K, H // K)))
+        _join(mine, out[0].permute(2, 0, 1, 3), lse[0].permute(2, 0, 1))
+
+    # First the keys that come before every query.
+    start = 0
+    if window is None:
+        later = (keys_S > queries_N.min()).nonzero()
+        start = int(later[0]) if later.numel() else S
+        if start > 0:
+            join(slice(0, N), slice(0, start))
+        if start == S:
+            return
+    if window is None and _rises_by_one(queries_N) and _rises_by_one(keys_S[start:]):
+        # A triangle: the query at the position of key `start` sees that one, the next query one more.
+        first = int(keys_S[start] - queries_N[0])
+        if first < N:
+            join(slice(first, N), slice(start, start + N - first), causal=True)
+        return
+    block = max(1, SCORE_ELEMENTS // (S - start))
+    for begin in range(0, N, block):
+        rows = slice(begin, begin + block)
+        keys, bias_NS = _visible_keys(keys_S[start:], queries_N[rows], window)
+        if keys.start < keys.stop:
+            bias_NS = None if bias_NS is None else bias_NS.to(q_NHD.device)
+            join(rows, slice(start + keys.start, start + keys.stop), bias_NS)
+
+
+def _rises_by_one(positions: Tensor) -> bool:
+    return bool((positions.diff() == 1).all())
+
+
+def _join(state: AttentionState, out: Tensor, lse: Tensor) -> None:
+    """Merge a state of other keys into `state`, in place."""
+    if not (state.lse > NO_KEY).any():
+        state.out.copy_(out)
+        state.lse.copy_(lse)
+        return
+    merged = torch.logaddexp(state.lse, lse)
+    # Without a key in either, -inf - -inf would be NaN.
+    reachable = merged.masked_fill(merged == NO_KEY, 0.0)
+    state.out.mul_((state.lse - reachable).exp_().unsqueeze(-1))
+    state.out.addcmul_(out.float(), (lse - reachable).exp_().unsqueeze(-1))
+    state.lse.copy_(merged)
 
 
 def _visible_keys(keys_S: Tensor, queries_N: Tensor, window: int | None) -> tuple[slice, Tensor | None]:
@@ -192,13 +206,12 @@ def _visible_keys(keys_S: Tensor, queries_N: Tensor, window: int | None) -> tupl
     seen_NS = keys_S <= queries_N[:, None]
     if window is not None:
         seen_NS &= keys_S > queries_N[:, None] - window
-    if seen_NS.all():
-        return slice(0, keys_S.shape[0]), None
     seen = seen_NS.any(dim=0).nonzero()
     if seen.numel() == 0:
         return slice(0, 0), None
     run = slice(int(seen[0]), int(seen[-1]) + 1)
-    return run, torch.where(seen_NS[:, run], 0.0, NO_KEY)
+    seen_NS = seen_NS[:, run]
+    return run, None if seen_NS.all() else torch.where(seen_NS, 0.0, NO_KEY)
 
 
 def _positions(kv: PagedKV, plan: KvTiles, tile: Tile) -> Tensor:
@@ -207,10 +220,9 @@ def _positions(kv: PagedKV, plan: KvTiles, tile: Tile) -> Tensor:
     return (first + torch.arange(kv.page_tokens)).flatten()[tile.skip : tile.skip + tile.tokens]
 
 
-def _scaled_queries(q: Tensor, kv: PagedKV, scale: float) -> Tensor:
-    """q in float32, times everything that multiplies q . k."""
-    queries = q.float() * scale
-    return queries if kv.k_scale is None else queries * kv.k_scale
+def _scale(kv: PagedKV, scale: float) -> float:
+    """Everything that multiplies q . k."""
+    return scale if kv.k_scale is None else scale * float(kv.k_scale)
 
 
 def _with_sinks(state: AttentionState, sinks_H: Tensor | None) -> AttentionState:

@@ -45,7 +45,7 @@ def rotate(x_NHD: Tensor, table: RotaryTable) -> Tensor:
         A new contiguous tensor of the same shape and dtype.
     """
     half = x_NHD.shape[-1] // 2
-    return torch.addcmul(x_NHD * table.cos_N1D, torch.roll(x_NHD, half, -1), table.sin_N1D)
+    return (x_NHD * table.cos_N1D).addcmul_(torch.roll(x_NHD, half, -1), table.sin_N1D)
 
 
 class Rope:

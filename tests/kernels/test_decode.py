@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from closeness import assert_close
+from closeness import LSE_TOLERANCE, assert_close
 from lean_attention import AttentionState, PagedKV, lean_decode, merge_states, plan_decode, reference
 from lean_attention import kv_tiles as kv_tiles_module
+from lean_attention.kv_tiles import TileReader
+from lean_attention.tile_attention import native_dtype
 from paged_cache import Contexts, page_out, random_contexts
 from pairwise import pairwise_cases
 
@@ -144,12 +146,41 @@ def test_tiles_smaller_than_pages_and_larger(layout, shuffled, dtype, generator,
         expected = reference.lean_decode(q, kv, plan_decode(kv, 6, window=window, backend="portable"))
         for elements in (50 * 64, 64 * 64, 200 * 64, 1 << 20):
             monkeypatch.setattr(kv_tiles_module, "TILE_ELEMENTS", elements)
+            monkeypatch.setattr(kv_tiles_module, "LONG_TILE_ELEMENTS", elements)
             plan = plan_decode(kv, 6, window=window, backend="portable")
             actual = lean_decode(q, kv, plan)
-            assert_close(actual.out, expected.out, torch.float32)
-            assert_close(actual.lse, expected.lse, torch.float32)
+            assert_close(actual.out, expected.out, dtype)
+            assert_close(actual.lse, expected.lse, LSE_TOLERANCE[dtype])
     for pool, unchanged in zip((kv.k, kv.v), before, strict=True):
         assert torch.equal(pool.nan_to_num(99.0), unchanged.nan_to_num(99.0)), "decode wrote into the cache"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_adjacent_pages_are_read_where_they_lie(layout, dtype, generator, monkeypatch):
+    """Runs of whole pages, broken by a page elsewhere, by a page half full and by a window, and cut where too long."""
+    monkeypatch.setattr(kv_tiles_module, "IN_PLACE_HEAD_ELEMENTS", 16 * 32)
+    monkeypatch.setattr(kv_tiles_module, "IN_PLACE_ELEMENTS", 2 * 2 * 16 * 32)
+    monkeypatch.setattr(kv_tiles_module, "LONG_TILE_ELEMENTS", 5 * 2 * 16 * 32)
+    contexts = random_contexts([230, 0, 96, 16, 33], 2, 32, generator)
+    kv = page_out(contexts, 16, generator, dtype=dtype, layout=layout, shuffled=False)
+    kv.page_table[0, [3, 9]] = kv.page_table[0, [9, 3]]  # breaks one run; the keys are what the table says
+    q = torch.randn(5, 6, 32, generator=generator).to(dtype)
+    for window, softcap in ((None, None), (100, None), (None, 5.0)):
+        plan = plan_decode(kv, 6, window=window, backend="portable")
+        assert plan.tiles is not None
+        runs = [tile for group in plan.tiles.groups() for _, tile in group if tile.in_place]
+        if native_dtype(kv.k) == dtype:
+            assert {run.sequence for run in runs} >= {0, 2, 4}
+            assert max(run.num_pages for run in runs) == 5
+        for run in runs:
+            keys = TileReader(kv.k, plan.tiles, dtype).read([run])
+            assert keys.data_ptr() == kv.k[run.page].data_ptr()
+            assert keys.shape == (run.num_pages, 2, 16, 32)
+        actual = lean_decode(q, kv, plan, softcap=softcap)
+        expected = reference.lean_decode(q, kv, plan, softcap=softcap)
+        assert_close(actual.out, expected.out, dtype)
+        assert_close(actual.lse, expected.lse, LSE_TOLERANCE[dtype])
 
 
 def test_short_sequences_share_reads_and_a_long_one_does_not_stretch_them(generator):

@@ -5,6 +5,7 @@ import torch
 
 from closeness import assert_close
 from lean_attention import PagedKV, lean_prefill, merge_states, reference
+from lean_attention import kv_tiles as kv_tiles_module
 from lean_attention import portable as portable_module
 from paged_cache import Contexts, page_out, random_contexts
 from pairwise import pairwise_cases
@@ -100,8 +101,8 @@ def test_blocks_of_queries_and_tiles_of_keys(window, generator, monkeypatch):
     q = torch.randn(260, 4, 32, generator=generator)
     q_offsets, q_positions = queries_of(contexts, [230, 30])
     expected = reference.lean_prefill(q, kv, q_offsets, q_positions, window=window)
-    for tile_tokens, score_elements in ((16, 1), (70, 4 * 70 * 11), (1024, 1 << 20)):
-        monkeypatch.setattr(portable_module, "PREFILL_TILE_TOKENS", tile_tokens)
+    for tile_tokens, score_elements in ((16, 1), (70, 70 * 11), (1024, 1 << 20)):
+        monkeypatch.setattr(kv_tiles_module, "LONG_TILE_ELEMENTS", tile_tokens * 64)
         monkeypatch.setattr(portable_module, "SCORE_ELEMENTS", score_elements)
         for cache in (kv, ring):
             actual = lean_prefill(q, cache, q_offsets, q_positions, window=window)
