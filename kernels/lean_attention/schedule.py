@@ -63,10 +63,11 @@ def holder(item: int, total: int, parts: int) -> int:
 def merge_groups(pieces: int, fan_in: int) -> int:
     """How many pieces a row's first merge level takes at a time.
 
-    Rows of up to `fan_in` pieces merge at once. Beyond that the width doubles until two levels are enough: `width`
-    pieces to a group, at most `width` groups to the row.
+    Rows of up to `fan_in` pieces merge at once. Beyond that the width is the smallest power of two with which two
+    levels are enough, at most `width` groups of `width` pieces: whoever comes last waits for one group's merge and one
+    of the groups', and 33 pieces are 8 and then 5, not 32 and then 2.
     """
-    width = fan_in
+    width = 2 if pieces > fan_in else fan_in
     while width * width < pieces and width < pieces:
         width *= 2
     return width

@@ -163,7 +163,7 @@ def decode_kernel(
                 sums_ptr, stats_ptr, 2 * cta + tl.where(piece == 0, 1, 0), acc, m, den, M_DOT, D, GROUP, HEAD_DIM
             )
             # schedule.merge_groups
-            width = tl.full((), FAN_IN, tl.int32)
+            width = tl.where(pieces > FAN_IN, 2, FAN_IN)
             while (width * width < pieces) & (width < pieces):
                 width *= 2
             step = tl.full((), 1, tl.int32)

@@ -58,7 +58,8 @@ def test_holder_inverts_share(total, parts):
 
 
 @pytest.mark.parametrize(
-    ("pieces", "fan_in", "width"), [(2, 32, 32), (32, 32, 32), (33, 32, 32), (1024, 32, 32), (1025, 32, 64), (11, 2, 4)]
+    ("pieces", "fan_in", "width"),
+    [(2, 32, 32), (32, 32, 32), (33, 32, 8), (132, 32, 16), (1024, 32, 32), (1025, 32, 64), (11, 2, 4)],
 )
 def test_two_levels_are_always_enough(pieces, fan_in, width):
     assert merge_groups(pieces, fan_in) == width
