@@ -20,7 +20,14 @@ from leanserve.bench.noise import fill_with_noise, random_prompts
 from leanserve.bench.system import tasks_from
 from leanserve.bench.task import MAX_STEPS, Quantity, StepClock, Task, Timing, repeated
 from leanserve.contracts.batch import Batch, Row, Stop
-from leanserve.contracts.config import BatchOptions, CacheOptions, Device, EngineConfig
+from leanserve.contracts.config import (
+    CPU_BATCH_TOKENS,
+    GPU_BATCH_TOKENS,
+    BatchOptions,
+    CacheOptions,
+    Device,
+    EngineConfig,
+)
 from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepReceiver, StepSender
@@ -34,7 +41,7 @@ from leanserve.model.architecture import read_architecture
 __all__ = ["engine_on_filled_cache", "run_rank"]
 
 PAGE_TOKENS = 64
-WARM_UP_TOKENS = 16
+WARM_UP_TOKENS = 512
 OWN_TOKENS, SHARED_NEW_TOKENS = 100, 8
 """Of each request behind a prefix in common: its prompt's own tokens, and its completion's."""
 COMPARED_TOKENS = 16
@@ -96,10 +103,14 @@ def _config(task: Task, size: int, model_dir: Path, device: Device) -> EngineCon
             kv_memory_bytes=pages_per_rank * page_bytes,
             prefix_cache=task.quantity != "unshared prefix",
         ),
-        batch=BatchOptions(max_batch_tokens=cell.batch * cell.context_tokens)
-        if task.quantity == "decode"
-        else BatchOptions(),
+        batch=BatchOptions(max_batch_tokens=_batch_tokens(task, device)),
     )
+
+
+def _batch_tokens(task: Task, device: Device) -> int:
+    if task.quantity == "decode":
+        return task.cell.batch * task.cell.context_tokens
+    return CPU_BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS
 
 
 def _submit(engine: Engine, prompts: torch.Tensor, max_tokens: int) -> None:
@@ -125,7 +136,7 @@ def _first_token(loaded: LoadedRank, config: EngineConfig, sender: StepSender, t
             waited_s += [time.perf_counter() - started] * len(outputs)
         return sum(waited_s) / len(waited_s)
 
-    run(WARM_UP_TOKENS)
+    run(min(cell.context_tokens, WARM_UP_TOKENS))
     return repeated(run)
 
 

@@ -20,7 +20,7 @@ from leanserve.bench.task import MAX_STEPS, StepClock, Task, Timing, repeated
 __all__ = ["ATTENTION", "generate", "load", "run_transformers"]
 
 ATTENTION = "sdpa"
-WARM_UP_TOKENS = 16
+WARM_UP_TOKENS = 512
 
 
 def run_transformers(rank: int, connection: Connection, threads: int, model_dir: Path) -> None:
@@ -67,7 +67,7 @@ def _first_token(model: Any, task: Task) -> Timing:
         generate(model, prompts, max_new_tokens=1)
         return time.perf_counter() - started
 
-    run(WARM_UP_TOKENS)
+    run(min(cell.context_tokens, WARM_UP_TOKENS))
     return repeated(run)
 
 
