@@ -135,12 +135,20 @@ def _plot(report: PrefillReport, path: Path) -> None:
         rows = [measured for measured in report.measured if measured.quantity == quantity]
         for index, name in enumerate(report.systems):
             places = [place - 0.4 + (index + 0.5) * width for place in range(len(rows))]
-            axes.bar(places, [row.figure(name) or float("nan") for row in rows], width, label=name)
+            bars = axes.bar(places, [row.figure(name) or 0.0 for row in rows], width, label=name)
+            axes.bar_label(bars, fmt=_bar_text, fontsize="x-small", rotation=60)
         axes.set_xticks(range(len(rows)), [f"{row.context_tokens:,}\nbatch {row.batch}" for row in rows])
         axes.set_title(" (".join(_UNITS[quantity]) + ")", fontsize="medium")
-        axes.set_yscale("log")
+        axes.margins(y=0.15)
         axes.grid(axis="y", alpha=0.3)
     lines, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(f"{report.machine.cpu}, {report.threads} threads; {report.machine.date}", fontsize="medium")
     figure.savefig(path, dpi=120)
+
+
+def _bar_text(value: float) -> str:
+    """Nothing where a system was not measured."""
+    if value == 0:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
