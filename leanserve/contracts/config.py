@@ -40,8 +40,8 @@ class CacheOptions:
 
 GPU_BATCH_TOKENS = 2048
 CPU_BATCH_TOKENS = 512
-"""What a step holds where nobody said: running streams wait for each step of somebody's long prompt, and a few hundred
-tokens keep a CPU as busy as thousands do."""
+"""What a step holds where nobody said. Running streams wait for each step of somebody's long prompt, and a CPU's steps
+are long: there it holds less, though a prompt that is alone would be computed faster in longer ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
