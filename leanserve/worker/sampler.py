@@ -1,6 +1,9 @@
-"""Logits -> next tokens. One uniform number per token, a function of (seed, index) alone.
+"""Logits -> next tokens. The noise of each candidate is a function of (seed, index, token id) alone.
 
-So a seeded request draws the same numbers alone or in a crowd, on any rank count, before and after a preemption.
+So a seeded request draws the same numbers alone or in a crowd, on any rank count, before and after a preemption. What
+its company does change is the rounding of its logits, and that changes the token only where two candidates finish
+within that rounding of each other: to invert a cumulative distribution would add up the rounding of all candidates, and
+the borders between all of them could be crossed.
 """
 
 from dataclasses import dataclass
@@ -11,9 +14,10 @@ import torch
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.worker.transfers import upload
 
-__all__ = ["Draw", "sample", "uniform"]
+__all__ = ["Draw", "gumbel_noise", "sample"]
 
 _MASK = (1 << 64) - 1
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 @dataclass(frozen=True)
@@ -25,18 +29,45 @@ class Draw:
     index: int
     """How many tokens the request generated before this one."""
 
+    @property
+    def key(self) -> int:
+        """Names the row's noise: int64."""
+        return _signed(_splitmix64(_splitmix64(self.seed & _MASK) ^ self.index))
+
 
 def _splitmix64(state: int) -> int:
     """One output of splitmix64 (Steele, Lea, Flood 2014) for this 64-bit state."""
-    z = (state + 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    z = (state + _GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
+    z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
     return z ^ (z >> 31)
 
 
-def uniform(seed: int, index: int) -> float:
-    """The index-th number in [0, 1) of the stream that `seed` names; 53 random bits."""
-    return (_splitmix64(_splitmix64(seed & _MASK) ^ index) >> 11) * 2.0**-53
+def _signed(bits: int) -> int:
+    """The int64 of these 64 bits."""
+    return bits - ((bits >> 63) << 64)
+
+
+def gumbel_noise(key_M1: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Standard Gumbel numbers, one for each row and token id: float64 [M, V].
+
+    Row m's are from the outputs of splitmix64 with the state `key_M1[m]`, 52 bits of each as a number inside (0, 1).
+
+    Args:
+        key_M1: int64.
+    """
+    z_MV = key_M1 + torch.arange(1, vocab_size + 1, device=key_M1.device) * _signed(_GOLDEN)
+    scratch_MV = torch.empty_like(z_MV)
+
+    def high_bits(count: int) -> torch.Tensor:
+        """z >> (64 - count), as if int64 had no sign."""
+        return torch.bitwise_right_shift(z_MV, 64 - count, out=scratch_MV).bitwise_and_((1 << count) - 1)
+
+    z_MV.bitwise_xor_(high_bits(34)).mul_(_signed(_MIX_1))
+    z_MV.bitwise_xor_(high_bits(37)).mul_(_signed(_MIX_2))
+    z_MV.bitwise_xor_(high_bits(33))
+    uniform_MV = high_bits(52).double().add_(0.5).mul_(2.0**-52)
+    return uniform_MV.log_().neg_().log_().neg_()
 
 
 def sample(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
@@ -44,7 +75,8 @@ def sample(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
 
     Temperature 0 takes the largest logit, ties to the lowest id. Otherwise, in this order: divide by temperature,
     keep the top_k most likely, of those the smallest set that reaches top_p, of those the ones with at least min_p
-    times the largest probability; then invert the cumulative distribution at the row's uniform number.
+    times the largest probability; then take the largest sum of logit and Gumbel noise, which draws from the softmax
+    of what is kept (the Gumbel-max trick: Gumbel 1954; Maddison, Tarlow, Minka 2014).
 
     Args:
         logits_MV: float32.
@@ -57,62 +89,40 @@ def sample(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     ):
         if rows:
             rows_M = upload(np.array(rows), logits_MV.device)
-            tokens_M[rows_M] = draw_rows(logits_MV[rows_M], _Wishes.of([draws[m] for m in rows], logits_MV))
+            tokens_M[rows_M] = draw_rows(logits_MV[rows_M], [draws[m] for m in rows])
     return tokens_M
-
-
-@dataclass(frozen=True)
-class _Wishes:
-    """What rows ask for, and their uniform numbers, as columns on the device: float64 [M, 1]."""
-
-    temperature_M1: torch.Tensor
-    top_k_M1: torch.Tensor
-    top_p_M1: torch.Tensor
-    min_p_M1: torch.Tensor
-    number_M1: torch.Tensor
-
-    @classmethod
-    def of(cls, draws: list[Draw], logits_MV: torch.Tensor) -> "_Wishes":
-        vocab_size, params = logits_MV.shape[1], [draw.sampling for draw in draws]
-        columns = [
-            [p.temperature for p in params],
-            [p.top_k or vocab_size for p in params],
-            [p.top_p for p in params],
-            [p.min_p for p in params],
-            [uniform(draw.seed, draw.index) for draw in draws],
-        ]
-        return cls(*upload(np.array(columns, np.float64), logits_MV.device).unsqueeze(2))
 
 
 def _truncates(sampling: SamplingParams) -> bool:
     return sampling.top_k is not None or sampling.top_p < 1 or sampling.min_p > 0
 
 
-def _draw_from_all(logits_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
-    return _invert(_probabilities(logits_MV, wishes), wishes)
+def _draw_from_all(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    return _with_noise(_tempered(logits_MV, draws), draws).argmax(dim=-1)
 
 
-def _draw_from_likely(logits_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
-    probs_MV, ids_MV = torch.sort(_probabilities(logits_MV, wishes), dim=-1, descending=True, stable=True)
-    probs_MV = probs_MV.masked_fill(torch.arange(probs_MV.shape[1], device=probs_MV.device) >= wishes.top_k_M1, 0.0)
+def _draw_from_likely(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    vocab_size, params = logits_MV.shape[1], [draw.sampling for draw in draws]
+    limits = [[p.top_k or vocab_size for p in params], [p.top_p for p in params], [p.min_p for p in params]]
+    top_k_M1, top_p_M1, min_p_M1 = upload(np.array(limits, np.float64), logits_MV.device).unsqueeze(2)
+    logits_MV = _tempered(logits_MV, draws)
+    probs_MV, ids_MV = torch.sort(torch.softmax(logits_MV, dim=-1), dim=-1, descending=True, stable=True)
+    probs_MV = probs_MV.masked_fill(torch.arange(vocab_size, device=probs_MV.device) >= top_k_M1, 0.0)
     probs_MV = probs_MV / probs_MV.sum(dim=-1, keepdim=True)
     # A token stays while the mass before it is below top_p, so the most likely one always stays.
     before_MV = probs_MV.cumsum(dim=-1) - probs_MV
-    probs_MV = probs_MV.masked_fill(before_MV >= wishes.top_p_M1, 0.0)
-    probs_MV = probs_MV.masked_fill(probs_MV < wishes.min_p_M1 * probs_MV[:, :1], 0.0)
-    # Drawn in the order of ids, not of likelihood: two tokens that are equally likely but for rounding would change
-    # places, and with them what is drawn, from one company of rows to another.
-    return _invert(torch.zeros_like(probs_MV).scatter_(1, ids_MV, probs_MV), wishes)
+    kept_MV = (before_MV < top_p_M1) & (probs_MV >= min_p_M1 * probs_MV[:, :1]) & (probs_MV > 0)
+    noisy_MV = _with_noise(logits_MV, draws).gather(1, ids_MV).masked_fill(~kept_MV, -torch.inf)
+    return ids_MV.gather(1, noisy_MV.argmax(dim=-1, keepdim=True)).squeeze(1)
 
 
-def _probabilities(logits_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
-    return torch.softmax(logits_MV.double() / wishes.temperature_M1, dim=-1)
+def _tempered(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    """Divided by temperature, the largest of each row at 0, so that no temperature is too low: float64."""
+    temperature_M = upload(np.array([draw.sampling.temperature for draw in draws], np.float64), logits_MV.device)
+    logits_MV = logits_MV.double()
+    return logits_MV.sub_(logits_MV.amax(dim=-1, keepdim=True)).div_(temperature_M[:, None])
 
 
-def _invert(probs_MV: torch.Tensor, wishes: _Wishes) -> torch.Tensor:
-    """The first place of each row whose cumulative mass exceeds the row's number; never one without mass."""
-    cumulative_MV = probs_MV.cumsum(dim=-1)
-    total_M1 = cumulative_MV[:, -1:].contiguous()
-    below_total_M1 = torch.nextafter(total_M1, torch.zeros_like(total_M1))  # a product may round up to the total
-    sought_M1 = torch.minimum(wishes.number_M1 * total_M1, below_total_M1)
-    return torch.searchsorted(cumulative_MV, sought_M1, right=True).squeeze(1)
+def _with_noise(logits_MV: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    key_M = upload(np.array([draw.key for draw in draws], np.int64), logits_MV.device)
+    return gumbel_noise(key_M[:, None], logits_MV.shape[1]).add_(logits_MV)

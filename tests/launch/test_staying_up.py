@@ -10,9 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
-from checkpoints import VOCAB_SIZE, checkpoint, hf_greedy, random_prompts
+from checkpoints import NEAR_TIE, VOCAB_SIZE, checkpoint, hf_greedy, hf_logits, random_prompts
 from launch.chaos import Chaos, ask, leftovers, questions
+from leanserve.contracts.sampling import SamplingParams
+from leanserve.worker.sampler import Draw, sample
 from live_server import PATIENCE_S, LiveServer, Stream, live_server
 
 SMALL = ("--device", "cpu", "--page-tokens", "16", "--kv-memory", "8MiB")
@@ -39,11 +42,25 @@ def answer_all(server: LiveServer, bodies: list[dict[str, Any]]) -> list[list[in
     return asyncio.run(scenario())
 
 
+def assert_clear(model_dir: Path, body: dict[str, Any], answer: list[int]) -> None:
+    """It is the answer of transformers' logits, and no rounding of them could give another."""
+    logits_SV = hf_logits(model_dir, body["prompt"] + answer)[len(body["prompt"]) - 1 : -1]
+    options = {key: body[key] for key in ("temperature", "top_p") if key in body}
+    draws = [Draw(SamplingParams(**options), body.get("seed", 0), index) for index in range(len(answer))]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(16):
+        rounding_SV = NEAR_TIE / 2 * (2 * torch.rand(logits_SV.shape, generator=generator) - 1)
+        assert sample(logits_SV + rounding_SV, draws).tolist() == answer, "take another seed"
+
+
 def run_chaos(model_dir: Path, log: Path, duration_s: float, attack_every_s: tuple[float, float]) -> Chaos:
     limits = ("--step-timeout", "6", "--max-restarts", "1000")
     with live_server(str(model_dir), "--ranks", "3", *SMALL, *limits, log=log) as server:
         bodies = questions(40, VOCAB_SIZE, seed=5)
-        chaos = Chaos(server, bodies, answer_all(server, bodies), attack_every_s=attack_every_s)
+        answers = answer_all(server, bodies)
+        for body, answer in zip(bodies, answers, strict=True):
+            assert_clear(model_dir, body, answer)
+        chaos = Chaos(server, bodies, answers, attack_every_s=attack_every_s)
         run_dir = run_dir_of(server)
         tally = asyncio.run(chaos.run(duration_s))
         print(tally)

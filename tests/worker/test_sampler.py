@@ -1,13 +1,14 @@
 """Sampling: what is kept, what is drawn, and that a draw depends on its own seed and index alone."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanserve.contracts.sampling import SamplingParams
-from leanserve.worker.sampler import Draw, sample, uniform
+from leanserve.worker.sampler import Draw, gumbel_noise, sample
 
 V = 50
 
@@ -86,16 +87,51 @@ def test_tokens_that_are_equally_likely_but_for_rounding_do_not_change_places():
     assert torch.equal(one, other)
 
 
-def test_the_stream_of_a_seed_is_uniform_and_its_own():
-    numbers = torch.tensor([uniform(42, i) for i in range(20_000)], dtype=torch.float64)
-    assert 0 <= float(numbers.min()) <= float(numbers.max()) < 1
-    counts = torch.histc(numbers, 20, 0, 1)
-    assert (
-        float(((counts - 1000) ** 2 / 1000).sum()) < 45
-    )  # chi-square with 19 degrees of freedom: p < 0.001 above 43.8
-    assert uniform(42, 0) == uniform(42, 0)
-    assert len({uniform(seed, 0) for seed in range(-500, 500)}) == 1000
-    assert uniform(-(2**63), 3) != uniform(2**63 - 1, 3)
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.95}], ids=str)
+def test_rounding_changes_a_draw_only_where_two_candidates_tie(params):
+    """To invert a cumulative distribution would give 9 and 5 other tokens of 2,000 here."""
+    generator = torch.Generator().manual_seed(3)
+    logits_V = 2 * torch.randn(1000, generator=generator)
+    noise_V = 1e-4 * torch.randn(1000, generator=generator)
+    one, other = (sample(row_V.expand(2000, -1), draws(2000, **params)) for row_V in (logits_V, logits_V + noise_V))
+    assert int((one != other).sum()) <= 2
+
+
+def test_a_temperature_next_to_zero_takes_the_largest(logits_V):
+    for params in ({}, {"top_k": 5, "top_p": 0.9}):
+        tokens = sample(logits_V.expand(20, V), draws(20, temperature=5e-324, **params))
+        assert tokens.tolist() == [int(logits_V.argmax())] * 20
+
+
+def test_a_token_that_is_masked_is_never_drawn(logits_V):
+    logits_V[::2] = -torch.inf
+    for params in ({}, {"top_k": 40}, {"top_p": 0.999}):
+        assert (frequencies(logits_V, temperature=2.0, count=2000, **params)[::2] == 0).all()
+
+
+def test_the_noise_is_gumbel_and_each_rows_own():
+    def key(seed: int, index: int) -> int:
+        return Draw(SamplingParams(), seed, index).key
+
+    keys = torch.tensor([[key(42, index)] for index in range(200)])
+    noise = gumbel_noise(keys, 100)
+    uniform = torch.exp(-torch.exp(-noise)).flatten()
+    assert 0 < float(uniform.min()) <= float(uniform.max()) < 1
+    counts = torch.histc(uniform, 20, 0, 1)
+    # chi-square with 19 degrees of freedom: p < 0.001 above 43.8
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 45
+    assert float(torch.corrcoef(noise.T).fill_diagonal_(0).abs().max()) < 0.35  # of 200 rows: 5 standard deviations
+    assert float(torch.corrcoef(noise[:100]).fill_diagonal_(0).abs().max()) < 0.5  # of 100 tokens: the same
+    assert key(42, 0) == key(42, 0)
+    assert len({key(seed, 0) for seed in range(-500, 500)}) == 1000
+    assert key(-(2**63), 3) != key(2**63 - 1, 3)
+
+
+def test_the_noise_is_that_of_splitmix64():
+    """Vigna's splitmix64.c with the state 1234567 gives these numbers first."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    expected = [-math.log(-math.log(((number >> 12) + 0.5) / 2**52)) for number in published]
+    assert gumbel_noise(torch.tensor([[1234567]]), 4)[0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 class _Copies(TorchDispatchMode):
