@@ -1,6 +1,7 @@
 """For all tests: one thread a process (the models are tiny), a path that child processes share, and the same examples
 of every property each time."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -20,3 +21,13 @@ _of_any_speed = {"deadline": None, "database": None, "suppress_health_check": [H
 settings.register_profile("suite", derandomize=True, **_of_any_speed)
 settings.register_profile("explore", **_of_any_speed)
 settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage, and there are many, has to look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # at the end the interpreter looks through all of it once

@@ -1,6 +1,7 @@
 """A real `leanserve serve`, or the same under torchrun, as child processes of a test."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from warm_start import warm_start_method
+
 READY_TIMEOUT_S = 240.0
 PATIENCE_S = 120.0
 """For what takes seconds on an idle machine."""
@@ -29,7 +32,7 @@ class LiveServer:
     """On a port that the server chose; known when it is ready."""
 
     def post(self, **body: object) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120, verify=False)
 
     def processes(self) -> list[psutil.Process]:
         """The server's process and everything it started."""
@@ -127,3 +130,23 @@ def wait_ready(server: LiveServer) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"the server is not ready; it printed:\n{server.log.read_text()}")
+
+
+def refusal(*arguments: str, log: Path) -> str:
+    """What a server that cannot start prints. Its process begins with everything imported."""
+    process = multiprocessing.get_context(warm_start_method()).Process(target=_serve, args=(arguments, log))
+    process.start()
+    process.join(READY_TIMEOUT_S)
+    assert process.exitcode in (1, 2), f"exit code {process.exitcode}; it printed:\n{log.read_text()}"
+    return log.read_text()
+
+
+def _serve(arguments: tuple[str, ...], log: Path) -> None:
+    from leanserve.__main__ import main
+
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ["COLUMNS"] = "200"
+    sys.argv = ["leanserve", "serve", *arguments, "--port", "0"]
+    main()

@@ -27,6 +27,7 @@ from leanserve.launch.loading import LoadedRank, load_rank
 from leanserve.launch.place import Place
 from leanserve.model.architecture import read_architecture
 from leanserve.model.decoder import Decoder
+from warm_start import warm_start_method
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def run_cases(num_ranks: int, cases: Sequence[Case]) -> list[Answer]:
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         if num_ranks == 1:
             return _with_traffic(_serve_cases(0, 1, cases, Path(folder)), 1, cases, Path(folder))
-        context = mp.get_context("spawn")
+        # What Triton does is decided when it is imported.
+        anew = any(case.device != "cpu" or case.attention == "triton" for case in cases)
+        context = mp.get_context("spawn" if anew else warm_start_method())
         ranks = [
             context.Process(target=_run, args=(rank, num_ranks, cases, Path(folder)), daemon=True)
             for rank in range(num_ranks)

@@ -19,13 +19,13 @@ LENGTHS_TOGETHER = [1, PAGE - 1, PAGE, PAGE + 1, 700, 2, 33, 64, 65, 100, 129, 7
 NEW_TOKENS = 6
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 
-# Head counts that no rank count divides.
+# Head counts that no rank count divides. One has a layer between the first and the last; two show whatever else can.
 SHAPES = {
-    "llama": {"heads": 6, "kv_heads": 2, "head_dim": 16},
-    "mistral": {"heads": 5, "kv_heads": 5, "head_dim": 24, "window": 9, "hidden": 60},
-    "qwen2": {"heads": 14, "kv_heads": 2, "head_dim": 8, "hidden": 56},
-    "qwen3": {"heads": 9, "kv_heads": 3, "head_dim": 16, "hidden": 63},
-    "smollm3": {"heads": 6, "kv_heads": 2, "head_dim": 32, "tied": True},
+    "llama": {"heads": 6, "kv_heads": 2, "head_dim": 16, "layers": 3},
+    "mistral": {"heads": 5, "kv_heads": 5, "head_dim": 24, "window": 9, "hidden": 60, "layers": 2},
+    "qwen2": {"heads": 14, "kv_heads": 2, "head_dim": 8, "hidden": 56, "layers": 2},
+    "qwen3": {"heads": 9, "kv_heads": 3, "head_dim": 16, "hidden": 63, "layers": 2},
+    "smollm3": {"heads": 6, "kv_heads": 2, "head_dim": 32, "tied": True, "layers": 2},
 }
 
 

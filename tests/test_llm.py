@@ -11,6 +11,10 @@ import leanserve
 from checkpoints import checkpoint, hf_greedy, hf_logits, random_prompts
 from leanserve import LLM, SamplingParams
 from leanserve.contracts.errors import ConfigError, EngineError, ModelError, RequestError, RequestTooLongError
+from leanserve.model.architecture import read_architecture
+from leanserve.planner.gpus import find_gpu
+from leanserve.planner.plan import Question, make_plan
+from leanserve.planner.roofline import Constants
 
 SMALL = {"device": "cpu", "page_tokens": 16, "kv_memory": "8MiB"}
 
@@ -39,6 +43,22 @@ def test_generate_equals_transformers(llm, model_dir):
 
 def test_the_engine_says_which_weights_are_split(llm):
     assert llm.info.weights.startswith("all matrices split over the ranks, 0.00 of 0.00 GiB on each")
+
+
+def test_its_memory_is_what_the_plan_foretold(llm, model_dir):
+    question = Question(
+        gpu=find_gpu("L4"),
+        ranks=2,
+        context_tokens=64,
+        sequences=1,
+        dtype="float32",
+        page_tokens=16,
+        kv_bytes_per_rank=8 << 20,
+    )
+    planned = make_plan(read_architecture(model_dir), question, Constants()).asked[0]
+    assert llm.info.pages_per_rank == (planned.memory.pages,) * 2
+    assert llm.info.kv_bytes_per_token == planned.memory.kv_bytes_per_token
+    assert llm.info.max_context_tokens == planned.longest_context_tokens
 
 
 def test_one_prompt_and_params_per_prompt(llm):

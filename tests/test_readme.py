@@ -3,14 +3,18 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
-from live_server import live_server
+from checkpoints import hf_greedy, random_prompts
+from leanserve.bundled import bundled_model_dir
+from live_server import PATIENCE_S, live_server
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -57,13 +61,22 @@ def test_the_curl_blocks_are_answered_by_a_served_default(tmp_path):
             assert ("4821" in text) == ("4821" in command)
 
 
-def test_the_torchrun_block_serves(tmp_path):
+def test_the_torchrun_block_serves_what_one_process_says_and_takes_its_front_end_along(tmp_path):
     (command,) = blocks("sh", "torchrun")
     words = shlex.split(command)
     ranks = int(words[words.index("--nproc-per-node") + 1])
+    assert ranks == 3
     arguments = words[words.index("serve") + 1 :]
-    with live_server(*arguments, "--kv-memory", "64MiB", log=tmp_path / "log", torchrun_ranks=ranks) as server:
-        assert server.post(prompt="We sailed east", max_tokens=4, temperature=0).status_code == 200
+    prompts = random_prompts([1, 17, 90, 300], seed=11, vocab_size=2000)
+    with live_server(*arguments, "--kv-memory", "16MiB", log=tmp_path / "log", torchrun_ranks=ranks) as server:
+        answers = [server.post(prompt=ids, temperature=0, max_tokens=8, return_token_ids=True) for ids in prompts]
+        token_ids = [answer.json()["choices"][0]["token_ids"] for answer in answers]
+        assert token_ids == hf_greedy(bundled_model_dir(), prompts, 8)
+        front_ends = [p for p in server.processes() if "LEANSERVE_AGENT_PID" in p.environ()]
+        assert front_ends
+        assert server.stop(signal.SIGTERM) != 0  # torchrun's own word for being told to stop
+        _, alive = psutil.wait_procs(front_ends, timeout=PATIENCE_S)
+        assert not alive
 
 
 def test_every_option_named_exists():

@@ -61,7 +61,6 @@ async def run_workload(
     scraper = Scraper(target.address)
     await scraper.sample()
     gc.collect()
-    gc.freeze()
     gc.disable()  # a full collection takes longer than a token
     try:
         async with LoadSampler() as sampler, scraper:
@@ -76,7 +75,6 @@ async def run_workload(
                 asking.result()
     finally:
         gc.enable()
-        gc.unfreeze()
     await scraper.settle()
     run.records.sort(key=lambda record: record.index)
     return RunResult(run.records, run.bodies, sampler.load, scraper.samples(run.origin_ns), run.origin_ns, interrupted)

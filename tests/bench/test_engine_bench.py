@@ -3,15 +3,15 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import zmq
+from typer.testing import CliRunner
 
+from leanserve.bench.commands import bench_app
 from leanserve.bench.leanserve_ranks import engine_on_filled_cache
 from leanserve.bench.noise import random_prompts
 from leanserve.bench.random_model import TINY, make_checkpoint
@@ -111,10 +111,9 @@ def test_the_filled_cache_is_what_decode_reads(model_dir, prompts, peers_tokens,
 
 
 def test_the_command_writes_what_it_promises(tmp_path):
-    command = [sys.executable, "-m", "leanserve", "bench", "engine", "--tiny", "--contexts", "64", "--batches", "1"]
-    command += ["--dtypes", "float32", "--ranks", "1", "--out", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert run.returncode == 0, run.stderr
+    arguments = ["engine", "--tiny", "--contexts", "64", "--batches", "1", "--dtypes", "float32", "--ranks", "1"]
+    run = CliRunner().invoke(bench_app, [*arguments, "--out", str(tmp_path)], catch_exceptions=False)
+    assert run.exit_code == 0, run.stderr
     assert "Decode, tokens/s" in run.stdout
     assert "Time to first token" in run.stdout
     assert (tmp_path / "engine.png").read_bytes().startswith(b"\x89PNG")
@@ -160,10 +159,6 @@ def test_a_system_that_fails_is_named(tmp_path):
     [("--contexts", "1", "at least 2"), ("--batches", "0", "at least 1"), ("--dtypes", "int8", "bfloat16")],
 )
 def test_a_wrong_option_is_named(option, value, said):
-    from typer.testing import CliRunner
-
-    from leanserve.bench.commands import bench_app
-
     result = CliRunner().invoke(bench_app, ["engine", option, value])
     assert result.exit_code == 2
     assert option in result.output

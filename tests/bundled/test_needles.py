@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from io import StringIO
 from pathlib import Path
@@ -32,9 +33,13 @@ TOKENIZER = Tokenizer.from_file(str(bundled_model_dir() / "tokenizer.json"))
 @pytest.fixture(scope="module")
 def urls() -> Iterator[dict[int, str]]:
     """Servers by their number of ranks."""
-    with ExitStack() as servers:
-        options = {ranks: LaunchOptions(ranks=ranks, device="cpu", kv_memory="16MiB") for ranks in (1, 3)}
-        yield {ranks: servers.enter_context(own_server(o, Console(file=StringIO()))) for ranks, o in options.items()}
+    with ExitStack() as servers, ThreadPoolExecutor() as starters:
+
+        def start(ranks: int) -> str:
+            options = LaunchOptions(ranks=ranks, device="cpu", kv_memory="16MiB")
+            return servers.enter_context(own_server(options, Console(file=StringIO())))
+
+        yield dict(zip((1, 3), starters.map(start, (1, 3)), strict=True))
 
 
 def test_one_and_three_ranks_give_the_same_right_answers_at_4k_tokens(urls: dict[int, str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from closeness import assert_close
 from leanserve.distributed.ranks import Ranks
 from leanserve.distributed.token_exchange import TokenExchange, TokenSpread, columns_to_rank_0
+from warm_start import warm_start_method
 
 SIZE = 3
 HIDDEN = 10
@@ -65,7 +66,7 @@ def run(rank: int, folder: str) -> None:
 
 
 def test_what_arrives_and_that_shared_tokens_stay_equal(tmp_path: Path) -> None:
-    mp.spawn(run, (str(tmp_path),), nprocs=SIZE)
+    mp.start_processes(run, (str(tmp_path),), nprocs=SIZE, start_method=warm_start_method())
     first, *others = [load_file(tmp_path / str(rank)) for rank in range(SIZE)]
     assert len(first) == len(SPREADS) * len(WIDTHS)
     for other in others:

@@ -227,11 +227,12 @@ def test_a_shutdown_ends_all_requests_and_the_service(how: str) -> None:
 
 
 def test_a_shutdown_with_a_step_in_flight_delivers_its_token() -> None:
-    executor = EchoExecutor()
+    executor = HeldExecutor(at_step=11)
     with serving(executor, overlap=True) as front_end:
         front_end.send(submit("a", 3, 290))
-        front_end.receive()
+        assert executor.is_held.wait(PATIENCE_MS / 1000)
         front_end.send(Shutdown())
+        executor.go_on.set()
         outputs = front_end.outputs_until("a")
         assert outputs[-1].error == "the engine is shutting down"
         front_end.join()

@@ -1,4 +1,6 @@
-"""Real clients against real servers on one rank and on two: `openai`, synchronous and asynchronous, and LangChain."""
+"""Real clients against a real server: `openai`, synchronous and asynchronous, and LangChain.
+
+It has one rank: what clients see does not depend on ranks, as test_sampling_served and test_exactness show."""
 
 import asyncio
 import functools
@@ -40,14 +42,14 @@ TOOL: Any = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     directory = tmp_path_factory.mktemp("served")
     model_dir = Path(shutil.copytree(bundled_model_dir(), directory / "model"))
     config = json.loads((model_dir / "tokenizer_config.json").read_text())
     (model_dir / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
     (directory / "keys").write_text(KEY + "\n")
-    (directory / "config.yaml").write_text(f"served-model-name: brass\nranks: {request.param}\nkv_memory: 16MiB\n")
+    (directory / "config.yaml").write_text("served-model-name: brass\nranks: 1\nkv_memory: 16MiB\n")
     arguments = ("--config", str(directory / "config.yaml"), "--api-key-file", str(directory / "keys"))
     with live_server(str(model_dir), *arguments, "--device", "cpu", log=directory / "log") as live:
         yield live

@@ -6,12 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from typer.testing import CliRunner
 
 from checkpoints import checkpoint
 from leanserve.__main__ import app
 from leanserve.bundled import bundled_model_dir
+from leanserve.contracts.config import CacheOptions, DType, EngineConfig
 from leanserve.contracts.errors import ConfigError
+from leanserve.launch.loading import load_rank
+from leanserve.launch.place import Place
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.partition import Partition
 from leanserve.planner.gpus import GPUS, find_gpu
@@ -60,21 +64,23 @@ def test_bytes_of_published_models_are_exact(name: str, tmp_path: Path) -> None:
     assert (memory.weights, memory.kv_bytes_per_token) == (2 * parameters, kv_bytes)
 
 
-@pytest.mark.parametrize(("model", "ranks", "dtype"), [("bundled", 2, "float32"), ("qwen2", 1, "bfloat16")])
-def test_memory_is_what_a_server_reports_at_start(
-    model: str, ranks: int, dtype: str, tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize(("model", "dtype"), [("bundled", "float32"), ("qwen2", "bfloat16")])
+def test_memory_is_what_a_rank_reports_at_start(
+    model: str, dtype: DType, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from leanserve import LLM
-
+    """Of two ranks: test_llm."""
     model_dir = bundled_model_dir() if model == "bundled" else checkpoint(tmp_path_factory, model)
     architecture = read_architecture(model_dir)
     question = Question(
-        gpu=find_gpu("L4"), ranks=ranks, context_tokens=64, sequences=1, dtype=dtype, kv_bytes_per_rank=3 << 20
+        gpu=find_gpu("L4"), ranks=1, context_tokens=64, sequences=1, dtype=dtype, kv_bytes_per_rank=3 << 20
     )
     planned = make_plan(architecture, question, Constants()).asked[0]
-    with LLM(str(model_dir), ranks=ranks, device="cpu", dtype=dtype, kv_memory=3 << 20) as llm:
-        info = llm.info
-    assert info.pages_per_rank == (planned.memory.pages,) * ranks
+    config = EngineConfig(
+        model_dir=str(model_dir), dtype=dtype, device="cpu", cache=CacheOptions(kv_memory_bytes=3 << 20)
+    )
+    place = Place(rank=0, size=1, local_rank=0, local_size=1, agent_pid=0)
+    info = load_rank(place, dist.HashStore(), config, lambda done, total: None).info
+    assert info.pages_per_rank == (planned.memory.pages,)
     assert info.kv_bytes_per_token == planned.memory.kv_bytes_per_token
     assert info.max_context_tokens == planned.longest_context_tokens
 
