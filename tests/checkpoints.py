@@ -7,6 +7,7 @@ Plain random weights hide attention errors: every key looks alike, so the output
 are sharpened (queries and keys x 3, values and outputs x 6).
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -125,7 +126,12 @@ def random_prompts(lengths: Sequence[int], *, seed: int = 0, vocab_size: int = V
 
 
 def hf_model(model_dir: Path) -> transformers.PreTrainedModel:
-    """A freshly loaded float32 model: dynamic rope remembers the longest sequence that an instance has seen."""
+    """A float32 model of one's own: dynamic rope remembers the longest sequence that an instance has seen."""
+    return copy.deepcopy(_loaded(model_dir))
+
+
+@lru_cache(maxsize=32)
+def _loaded(model_dir: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
 
