@@ -153,7 +153,10 @@ def test_what_cannot_work_is_one_line_with_the_numbers(tmp_path):
             done = loadtest(server.url, *arguments)
             assert done.returncode == 1, (arguments, done.stdout)
             assert re.search(message, done.stderr), done.stderr
-    for url, message in {"http://127.0.0.1:9": "no server at", "ftp://x": "is not the URL of a server"}.items():
+    for url, message in {
+        "http://127.0.0.1:9": "no server at http://127.0.0.1:9: Connection refused; start one",
+        "ftp://x": "is not the URL of a server",
+    }.items():
         done = loadtest(url)
         assert done.returncode == 1
         assert message in done.stderr
