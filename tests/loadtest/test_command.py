@@ -183,6 +183,14 @@ def test_servers_that_refuse_extra_fields_and_speak_chat_are_served_too(tmp_path
     assert any("another length by the server's count" in warning for warning in finished.report.warnings)
 
 
+@pytest.mark.parametrize("load", [("--concurrency", "2"), ("--rate", "100")])
+def test_turns_without_token_ids_end_with_advice(load, tmp_path):
+    with known_server(tmp_path, ttft_ms=1, gap_ms=1, refuse=["return_token_ids"]) as server:
+        done = loadtest(server.url, "--turns", "2", "--requests", "4", "--output-tokens", "2", *load)
+    assert done.returncode == 1
+    assert done.stderr.endswith("this server sends none; add --prompts text")
+
+
 def test_turns_go_on_from_the_answers(tmp_path):
     workload = WorkloadOptions(
         requests=6, turns=3, prompt_tokens=Lengths("100"), turn_tokens=Lengths("10"), output_tokens=Lengths("5")
