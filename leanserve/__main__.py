@@ -12,6 +12,8 @@ from leanserve.bench.commands import bench_app
 from leanserve.contracts.errors import LeanServeError
 from leanserve.launch.configured_command import ConfiguredCommand
 from leanserve.launch.model_options import (
+    BATCHING,
+    DTYPES,
     MEMORY,
     MODEL,
     RANKS,
@@ -120,7 +122,7 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A directory with a config.json, or a hub id. Default: the bundled model."
+            metavar="MODEL", help="A directory with a config.json, or a hub id. Default: the bundled model."
         ),
     ] = None,
     gpu: Annotated[str, typer.Option(help="Type of GPU; a wrong one lists all.", rich_help_panel=RANKS)] = "H200",
@@ -129,9 +131,10 @@ def plan(
         str,
         typer.Option(metavar="TOKENS", help="Of each sequence, such as 131072, 128k or 1M.", rich_help_panel=MEMORY),
     ] = "auto",
-    concurrency: Annotated[int, typer.Option(metavar="N", help="Sequences at once.", rich_help_panel=MEMORY)] = 1,
+    concurrency: Annotated[int, typer.Option(metavar="N", help="Sequences at once.", rich_help_panel=BATCHING)] = 1,
     dtype: Annotated[
-        DTypeChoice, typer.Option(help="Of weights and KV. auto: the checkpoint's own.", rich_help_panel=MODEL)
+        DTypeChoice,
+        typer.Option(metavar=DTYPES, help="Of weights and KV. auto: the checkpoint's own.", rich_help_panel=MODEL),
     ] = DTypeChoice.auto,
     page_tokens: PageTokens = 64,
     kv_memory: KvMemory = "auto",

@@ -47,7 +47,7 @@ class LLM:
         model: a checkpoint directory or a hub id; None is the bundled model.
         options: keywords of `LaunchOptions`: ranks, dtype, device, comm, attention, enforce_eager, weights,
             page_tokens, kv_memory, max_context_tokens, prefix_cache, max_batch_tokens, max_sequences,
-            long_prefill_tokens.
+            long_prefill_tokens, step_timeout_s.
 
     Raises:
         ConfigError, ModelError: an option or the checkpoint is wrong.
@@ -55,12 +55,10 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        try:
-            launch = LaunchOptions(model=None if model is None else str(model), **options)
-        except TypeError:
-            allowed = [name for name in LaunchOptions.__dataclass_fields__ if name != "model"]
-            unknown = sorted(set(options) - set(allowed))
-            raise TypeError(f"LLM has no option {', '.join(unknown)}; options are {', '.join(allowed)}") from None
+        allowed = [name for name in LaunchOptions.__dataclass_fields__ if name != "model"]
+        if unknown := sorted(set(options) - set(allowed)):
+            raise TypeError(f"LLM has no option {', '.join(unknown)}; options are {', '.join(allowed)}")
+        launch = LaunchOptions(model=None if model is None else str(model), **options)
         model_dir = launch.find_model()
         num_ranks, _ = launch.count_ranks()
         config = launch.engine_config(model_dir)
@@ -225,7 +223,11 @@ class LLM:
         if sampling.structured_outputs is not None:
             self._require_tokenizer("structured output")
             check_grammar(sampling.structured_outputs)
-        for param, ids in (("logit_bias", sampling.logit_bias), ("allowed_token_ids", sampling.allowed_token_ids)):
+        for param, ids in (
+            ("logit_bias", sampling.logit_bias),
+            ("allowed_token_ids", sampling.allowed_token_ids),
+            ("stop_token_ids", sampling.stop_token_ids),
+        ):
             if ids and max(ids) >= self.info.vocab_size:
                 raise RequestError(
                     f"{param} holds token id {max(ids)}, outside the vocabulary of {self.info.vocab_size}", param=param

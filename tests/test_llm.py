@@ -120,6 +120,7 @@ def test_a_stream_left_early_frees_its_pages(llm):
         ({"prompt_token_ids": [1]}, SamplingParams(max_tokens=10**6), RequestTooLongError, "above the limit of 4096"),
         ({"prompt_token_ids": [1]}, SamplingParams(stop="x"), RequestError, "needs a tokenizer"),
         ({"prompt_token_ids": [1]}, SamplingParams(logit_bias={10**6: 1}), RequestError, "1000000"),
+        ({"prompt_token_ids": [1]}, SamplingParams(stop_token_ids=[10**6]), RequestError, "stop_token_ids .*1000000"),
         (
             {"prompt_token_ids": [1]},
             SamplingParams(structured_outputs={"json_object": True}),
@@ -137,6 +138,8 @@ def test_a_wrong_request_says_why_and_disturbs_nothing(llm, prompt, sampling, er
 def test_options_that_cannot_work(model_dir):
     with pytest.raises(TypeError, match="no option rank; options are"):
         LLM(model_dir, rank=2)
+    with pytest.raises(TypeError, match="not supported between"):  # an option there is, of a wrong type
+        LLM(model_dir, ranks="2")
     with pytest.raises(ConfigError, match="allowed are 16"):
         LLM(model_dir, page_tokens=3)
     with pytest.raises(ModelError):

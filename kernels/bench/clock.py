@@ -48,11 +48,11 @@ def _event_us(run: Step, times: int) -> float:
     return begin.elapsed_time(end) * 1e3 / times
 
 
-def eager_us(run: Step, device: torch.device, times: int = 20) -> float:
-    """Median microseconds of one call outside any graph, launch cost included."""
+def eager_us(run: Step, device: torch.device) -> float:
+    """Median microseconds of one call of twenty, outside any graph, launch cost included."""
     run()
     laps = []
-    for _ in range(times):
+    for _ in range(20):
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()

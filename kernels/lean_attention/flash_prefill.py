@@ -89,8 +89,9 @@ def prefill_kernel(
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(0)
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    # One dimension: the second one of a grid ends at 65,535 blocks.
+    kv_head = tl.program_id(0) % kv_heads
+    block = tl.num_programs(0) // kv_heads - 1 - tl.program_id(0) // kv_heads
     b, first_block = _sequence_of(q_offsets_ptr, block, batch, TOKENS)
     begin = tl.load(q_offsets_ptr + b) + (block - first_block) * TOKENS
     end = tl.load(q_offsets_ptr + b + 1)
@@ -196,7 +197,7 @@ def prefill(
         D, H // K, rows=tuning.rows, tile=tuning.tile, page_tokens=kernel_page_tokens(kv),
         num_stages=tuning.num_stages, precision=dot_precision(q.dtype, family),
     )  # fmt: skip
-    prefill_kernel[(K, Q // int(constants["TOKENS"]) + B)](
+    prefill_kernel[(K * (Q // int(constants["TOKENS"]) + B),)](
         q, kv.k, kv.v, kv.page_table, kv.page_positions, kv.lengths, q_offsets, q_positions, sinks,
         kv.k_scale, kv.v_scale, out, lse,
         scale / softcap * LOG2E.value if softcap else scale * LOG2E.value, softcap, window,

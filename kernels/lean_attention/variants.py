@@ -4,31 +4,21 @@
     python -m lean_attention.variants --arch sm_90 --only decode
     python -m lean_attention.variants --out kernels/variants.md
 
-Compiling needs Triton and no GPU. The table gives what the compiler made of each variant: registers per thread, bytes
-spilled to the stack, shared memory, and asynchronous copies (a pipelined kernel has them, a kernel whose loop the
-pipeliner gave up on has not). Its numbers are those of the binary, not of a run.
+The table gives what the compiler made of each variant (`ahead_of_time.Compiled`). Its numbers are those of the binary,
+not of a run.
 """
 
 import argparse
 import datetime
-import multiprocessing
-import os
-import re
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from lean_attention.ahead_of_time import ARCHITECTURES, Compiled, Variant, compile_all
 from lean_attention.append import append_constants, append_kernel
 from lean_attention.flash_prefill import prefill_constants, prefill_kernel
 from lean_attention.merge import merge_constants, merge_kernel
@@ -39,14 +29,11 @@ from lean_attention.tuning import (
     decode_launch,
     decode_tuning,
     dot_precision,
-    interpreting,
     nvidia_family,
     prefill_tuning,
 )
 
-__all__ = ["ARCHITECTURES", "Compiled", "Variant", "compile_all", "variants"]
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+__all__ = ["main", "variants"]
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -60,58 +47,6 @@ CONTIGUOUS = 1 << 30
 """The page size of caches with one page to a sequence."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One binary: a kernel, the types of its arguments, its constants and its launch options."""
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    """Types of the pointers and floats; other runtime arguments are i32."""
-    constants: dict[str, Any]
-    """Constexpr arguments, and optional ones that are None."""
-    launch: dict[str, int | bool]
-    """The options of a launch: warps, stages, and registers where they are limited."""
-
-    def compile(self, architecture: str) -> Any:
-        """Triton's CompiledKernel for one of `ARCHITECTURES`. Specialised as a launch on aligned tensors is."""
-        if interpreting():
-            raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
-        signature: dict[str, str] = {}
-        attributes: dict[tuple[int], list[list[Any]]] = {}
-        for index, name in enumerate(self.kernel.arg_names):
-            if name in self.constants:
-                signature[name] = "constexpr"
-                continue
-            signature[name] = self.types.get(name, "i32")
-            if name.endswith("_ptr") or "_stride_" in name:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, self.constants, attributes)
-        return triton.compile(source, target=target_of(architecture), options=self.launch)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a variant."""
-
-    variant: str
-    architecture: str
-    registers: int
-    stack_bytes: int
-    """Per thread; more than 0 means that registers were spilled."""
-    shared_bytes: int
-    async_copies: int
-    """Copy instructions from global to shared memory (16 bytes to a thread) in the text."""
-    seconds: float
-    error: str | None = None
-
-
-def target_of(architecture: str) -> GPUTarget:
-    if architecture.startswith("sm_"):
-        return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    return GPUTarget("hip", architecture, 64)
-
-
 def family_of(architecture: str) -> ArchFamily:
     return nvidia_family(int(architecture[3:]) // 10) if architecture.startswith("sm_") else "cdna"
 
@@ -121,6 +56,11 @@ def _softmax_types(q: str, kv: str, out: str) -> dict[str, str]:
     pointers |= dict.fromkeys(("sinks", "k_scale", "v_scale", "lse", "scratch"), "fp32")
     pointers |= dict.fromkeys(("table", "positions", "lengths", "q_positions", "q_offsets", "work"), "i32")
     return {f"{name}_ptr": f"*{dtype}" for name, dtype in pointers.items()} | {"scale_log2": "fp32", "softcap": "fp32"}
+
+
+def _absent(**arguments: bool) -> dict[str, None]:
+    """Of the optional arguments of a kernel, those that are not given, as constants."""
+    return {name: None for name, is_given in arguments.items() if not is_given}
 
 
 def _name(kernel: str, head_dim: int, group: int, q: str, kv: str, page: int, options: dict[str, bool]) -> str:
@@ -138,16 +78,9 @@ def _decode(
         head_dim, group, tile=tuning.tile, page_tokens=page, num_stages=tuning.num_stages, fan_in=tuning.fan_in,
         precision=dot_precision(DTYPES[q], family),
     )  # fmt: skip
-    used = {
-        "window": window,
-        "positions_ptr": window and sharded,
-        "q_positions_ptr": window and sharded,
-        "softcap": softcap,
-        "sinks_ptr": sinks,
-        "k_scale_ptr": kv == "fp8e4nv",
-        "v_scale_ptr": kv == "fp8e4nv",
-    }
-    constants |= {name: None for name, on in used.items() if not on}
+    positions = window and sharded
+    constants |= _absent(window=window, positions_ptr=positions, q_positions_ptr=positions)
+    constants |= _absent(softcap=softcap, sinks_ptr=sinks, k_scale_ptr=kv == "fp8e4nv", v_scale_ptr=kv == "fp8e4nv")
     options = {"window": window, "sharded": sharded, "softcap": softcap, "sinks": sinks}
     name = _name("decode", head_dim, group, q, kv, page, options)
     launch = decode_launch(tuning.num_warps, tuning.num_stages, tuning.ctas_per_sm, family)
@@ -163,15 +96,8 @@ def _prefill(
         head_dim, group, rows=tuning.rows, tile=tuning.tile, page_tokens=page, num_stages=tuning.num_stages,
         precision=dot_precision(DTYPES[q], family),
     )  # fmt: skip
-    used = {
-        "window": window,
-        "positions_ptr": sharded,
-        "softcap": softcap,
-        "sinks_ptr": sinks,
-        "k_scale_ptr": kv == "fp8e4nv",
-        "v_scale_ptr": kv == "fp8e4nv",
-    }
-    constants |= {name: None for name, on in used.items() if not on}
+    constants |= _absent(window=window, positions_ptr=sharded)
+    constants |= _absent(softcap=softcap, sinks_ptr=sinks, k_scale_ptr=kv == "fp8e4nv", v_scale_ptr=kv == "fp8e4nv")
     options = {"window": window, "sharded": sharded, "softcap": softcap, "sinks": sinks}
     name = _name("prefill", head_dim, group, q, kv, page, options)
     launch = _launch(tuning.num_warps, tuning.num_stages)
@@ -243,60 +169,6 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
     return found
 
 
-def _compile_one(listed: Callable[[str], list[Variant]], name: str, architecture: str) -> Compiled:
-    """In a worker process: compile one variant into a cache of its own, so that it is compiled and not found."""
-    variant = next(v for v in listed(architecture) if v.name == name)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        try:
-            kernel = variant.compile(architecture)
-        except Exception as error:  # whatever a compiler pass raises is the row's result
-            text = f"{type(error).__name__}: {error}"
-            return Compiled(name, architecture, 0, 0, 0, 0, time.monotonic() - began, text)
-        registers, stack_bytes = _read_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else _read_amdgcn(kernel.asm)
-    copies = len(re.findall(r"cp\.async\.c[ga]\.shared", kernel.asm.get("ptx", "")))
-    seconds = time.monotonic() - began
-    return Compiled(name, architecture, registers, stack_bytes, kernel.metadata.shared, copies, seconds)
-
-
-def _read_cubin(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack and local bytes) of a cubin's kernel, by the cuobjdump that Triton ships."""
-    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
-    return int(found[1]), int(found[2]) + int(found[3])
-
-
-def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int]:
-    """(vector registers, bytes of spilled ones) of an AMD kernel, from its metadata."""
-    count = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", asm["amdgcn"])}
-    return count["vgpr_count"], 4 * count["vgpr_spill_count"]
-
-
-def compile_all(
-    architectures: Iterable[str],
-    *,
-    only: str = "",
-    jobs: int | None = None,
-    listed: Callable[[str], list[Variant]] = variants,
-) -> Iterator[Compiled]:
-    """Compile the variants whose names hold `only` for each architecture in `jobs` processes; results in order.
-
-    `listed` gives the variants of an architecture: a function that other processes can import.
-    """
-    work = [(listed, v.name, arch) for arch in architectures for v in listed(arch) if only in v.name]
-    # Spawned and not forked: LLVM's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:
-        yield from pool.map(_compile_one, *zip(*work, strict=True), chunksize=1) if work else ()
-
-
 def _table(results: list[Compiled]) -> str:
     lines = [
         "| variant | architecture | registers | spilled bytes | shared bytes | async copies |",
@@ -333,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     total = sum(options.only in v.name for arch in architectures for v in variants(arch))
     results: list[Compiled] = []
-    for result in compile_all(architectures, only=options.only, jobs=options.jobs):
+    for result in compile_all(variants, architectures, only=options.only, jobs=options.jobs):
         results.append(result)
         outcome = f"{result.seconds:.1f} s" if result.error is None else "failed"
         print(f"[{len(results)}/{total}] {result.architecture} {result.variant} {outcome}", file=sys.stderr, flush=True)

@@ -9,9 +9,7 @@ from leanserve.distributed.ranks import Ranks
 __all__ = ["sharded_decode"]
 
 
-def sharded_decode(
-    q_BHD: torch.Tensor, kv: PagedKV, plan: DecodePlan, ranks: Ranks, *, scale: float | None = None
-) -> torch.Tensor:
+def sharded_decode(q_BHD: torch.Tensor, kv: PagedKV, plan: DecodePlan, ranks: Ranks) -> torch.Tensor:
     """Attention of one query token per sequence over every rank's pages.
 
     Args:
@@ -22,5 +20,5 @@ def sharded_decode(
     Returns:
         [B, H, D] float32, bit for bit equal on every rank.
     """
-    local = lean_decode(q_BHD, kv, plan, scale=scale)
-    return combine(local, ranks).out
+    local = lean_decode(q_BHD, kv, plan)
+    return combine(local, ranks, backend=plan.backend).out

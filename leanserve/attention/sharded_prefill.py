@@ -60,7 +60,7 @@ def sharded_prefill(
     if ranks.size == 1:
         return attend(q_LHD).out
     local = attend(_everybodys_queries(q_LHD, share, ranks))
-    return _states_of_mine(local, share, ranks).out
+    return _states_of_mine(local, share, ranks, backend).out
 
 
 def _everybodys_queries(q_LHD: torch.Tensor, share: PrefillShare, ranks: Ranks) -> torch.Tensor:
@@ -70,7 +70,9 @@ def _everybodys_queries(q_LHD: torch.Tensor, share: PrefillShare, ranks: Ranks) 
     return ranks.all_gather(padded).flatten(0, 1)[share.padded_rows_Q]
 
 
-def _states_of_mine(local: AttentionState, share: PrefillShare, ranks: Ranks) -> AttentionState:
+def _states_of_mine(
+    local: AttentionState, share: PrefillShare, ranks: Ranks, backend: Backend | None
+) -> AttentionState:
     """All ranks' states of this rank's tokens, merged."""
     _, H, D = local.out.shape
     packed = torch.cat([local.out.flatten(1), local.lse], dim=1)[share.by_owner_Q]
@@ -78,4 +80,5 @@ def _states_of_mine(local: AttentionState, share: PrefillShare, ranks: Ranks) ->
     packed_RLJ = ranks.all_to_all(packed, list(share.tokens_per_rank), [mine] * ranks.size).view(
         ranks.size, mine, H * (D + 1)
     )
-    return merge_states(packed_RLJ[..., : H * D].unflatten(-1, (H, D)), packed_RLJ[..., H * D :])
+    out_RLHD, lse_RLH = packed_RLJ[..., : H * D].unflatten(-1, (H, D)), packed_RLJ[..., H * D :]
+    return merge_states(out_RLHD, lse_RLH, backend=backend)

@@ -86,7 +86,8 @@ class StepAttention:
         layout, window = self._layout, self._windows[layer]
         pages = layout.decode or layout.prefill
         assert pages is not None, "a step has rows"
-        append_kv(k_NKD, v_NKD, self._view(layer, pages), layout.pages_N, layout.slots_N)
+        kv = self._view(layer, pages)
+        append_kv(k_NKD, v_NKD, kv, layout.pages_N, layout.slots_N, backend=self._backend)
         parts, split = [], 0
         if layout.decode is not None:
             split = layout.decode.num_sequences

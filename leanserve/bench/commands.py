@@ -96,7 +96,7 @@ def engine(
 
 @bench_app.command()
 def recovery(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: the bundled model.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Default: the bundled model.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks on this machine's CPU.")] = 2,
     step_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="As of leanserve serve.")] = 5.0,
     runs: Annotated[int, typer.Option(min=1, help="Of each attack.")] = 3,

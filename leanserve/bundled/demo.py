@@ -1,6 +1,5 @@
 """`leanserve demo`: one fact in a long log, asked for over HTTP, and the whereabouts of its page told."""
 
-import ipaddress
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from leanserve.bundled.own_server import own_server
 from leanserve.contracts.errors import ConfigError
 from leanserve.launch.front_end import BUNDLED_NAME
 from leanserve.launch.options import LaunchOptions
+from leanserve.launch.own_address import is_loopback
 
 __all__ = ["DemoOptions", "run_demo"]
 
@@ -83,19 +83,12 @@ def _server(options: DemoOptions, progress: Console) -> Iterator[str]:
         return
     parts = urlsplit(options.url)
     host = parts.hostname or ""
-    if parts.scheme != "http" or not _is_loopback(host):
+    if parts.scheme != "http" or not is_loopback(host):
         raise ConfigError(f"no server answers at {options.url}; start one there, or leave --url out to have one here")
     plural = "" if options.ranks == 1 else "s"
     progress.print(f"No server answers at {options.url}: starting one with {options.ranks} rank{plural}.")
     with own_server(LaunchOptions(ranks=options.ranks), progress, host=host, port=parts.port or 80) as url:
         yield url
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @contextmanager

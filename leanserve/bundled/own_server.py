@@ -37,12 +37,14 @@ def own_server(options: LaunchOptions, console: Console, *, host: str = "127.0.0
         ConfigError, ModelError: the port is taken, or an option or the checkpoint is wrong.
         EngineError: the ranks could not start.
     """
-    listener = bind_socket(host, port)
     model_dir = options.find_model()
     num_ranks, _ = options.count_ranks()
-    group = EngineGroup(options.engine_config(model_dir), num_ranks=num_ranks, run_dir=make_run_dir())
+    config = options.engine_config(model_dir)
     settings = ServerSettings(model_names=(options.model or BUNDLED_NAME,))
-    app = create_app(group.client, Tokenizer.from_dir(model_dir), settings, ChatTemplate.from_dir(model_dir))
+    tokenizer, template = Tokenizer.from_dir(model_dir), ChatTemplate.from_dir(model_dir)
+    listener = bind_socket(host, port)  # from here on there is something to take back
+    group = EngineGroup(config, num_ranks=num_ranks, run_dir=make_run_dir())
+    app = create_app(group.client, tokenizer, settings, template)
     stop = asyncio.Event()
     ready: Future[None] = Future()
     runner = asyncio.Runner()

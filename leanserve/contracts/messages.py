@@ -209,7 +209,7 @@ class TokenOutputs(msgspec.Struct, frozen=True, tag="tokens"):
 
 
 class Pulse(msgspec.Struct, frozen=True, tag="pulse"):
-    """A rank lives, sent about every second from a thread of its own, whatever the rank is doing."""
+    """A rank lives, sent about twice a second from a thread of its own, whatever the rank is doing."""
 
     rank: int
     pid: int

@@ -102,7 +102,7 @@ class Ranks:
             return received.to(self.device)
 
     def broadcast_from_rank_0(self, x: torch.Tensor) -> torch.Tensor:
-        """Rank 0's `x` on every rank; the others pass a tensor of the same shape and dtype, which is overwritten."""
+        """Rank 0's `x` on every rank. The others pass a tensor of the same shape and dtype, which may be written to."""
         if self.size == 1:
             return x
         with self.in_collectives:

@@ -8,6 +8,8 @@ import typer
 from leanserve.contracts.config import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 
 __all__ = [
+    "BATCHING",
+    "DTYPES",
     "MEMORY",
     "MODEL",
     "RANKS",
@@ -67,8 +69,10 @@ class WeightsChoice(StrEnum):
     all = "all"
 
 
-MODEL, RANKS, MEMORY = "Model", "Ranks and devices", "Memory and batching"
+MODEL, RANKS, MEMORY, BATCHING = "Model", "Ranks and devices", "Memory", "Batching"
 """Headings of the help."""
+DTYPES = "auto | float32 | bfloat16 | float16"
+"""With spaces, where a narrow terminal may break the line."""
 
 Ranks = Annotated[
     str,
@@ -81,7 +85,9 @@ Ranks = Annotated[
 DType = Annotated[
     DTypeChoice,
     typer.Option(
-        help="Of weights and KV. auto: float32 on the CPU, the checkpoint's own on a GPU.", rich_help_panel=MODEL
+        metavar=DTYPES,
+        help="Of weights and KV. auto: float32 on the CPU, the checkpoint's own on a GPU.",
+        rich_help_panel=MODEL,
     ),
 ]
 DeviceOption = Annotated[DeviceChoice, typer.Option(help="auto: GPUs where usable.", rich_help_panel=RANKS)]
@@ -141,16 +147,16 @@ MaxBatchTokens = Annotated[
         metavar="N|auto",
         help=f"Tokens computed in one step, decode and prefill together. auto: {GPU_BATCH_TOKENS}, on the CPU "
         f"{CPU_BATCH_TOKENS}.",
-        rich_help_panel=MEMORY,
+        rich_help_panel=BATCHING,
     ),
 ]
-MaxSequences = Annotated[int, typer.Option(metavar="N", help="Sequences that run at once.", rich_help_panel=MEMORY)]
+MaxSequences = Annotated[int, typer.Option(metavar="N", help="Sequences that run at once.", rich_help_panel=BATCHING)]
 LongPrefillTokens = Annotated[
     str,
     typer.Option(
         metavar="N|auto",
         help="Longer prompts give way to shorter ones. auto: half of --max-batch-tokens.",
-        rich_help_panel=MEMORY,
+        rich_help_panel=BATCHING,
     ),
 ]
 

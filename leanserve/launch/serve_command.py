@@ -59,7 +59,7 @@ def serve(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             envvar="LEANSERVE_MODEL",
             help="A checkpoint directory or a hub id. Default: the bundled model.",
         ),
@@ -98,7 +98,7 @@ def serve(
     tool_format: Annotated[
         str,
         typer.Option(
-            metavar="auto|hermes|llama3|mistral",
+            metavar="auto | hermes | llama3 | mistral",
             help="How the model writes function calls. auto: as its chat template says.",
             rich_help_panel=HTTP,
         ),
@@ -128,9 +128,12 @@ def serve(
     max_body: Annotated[
         str, typer.Option(metavar="SIZE", help="Longest request body.", rich_help_panel=LIMITS)
     ] = "16MiB",
-    log_level: Annotated[LogLevelChoice, typer.Option(help="debug tells of every request.", rich_help_panel=SIGHT)] = (
-        LogLevelChoice.info
-    ),
+    log_level: Annotated[
+        LogLevelChoice,
+        typer.Option(
+            metavar="debug | info | warning | error", help="debug tells of every request.", rich_help_panel=SIGHT
+        ),
+    ] = LogLevelChoice.info,
     log_format: Annotated[
         LogFormatChoice,
         typer.Option(help="json: one object for each event, on stderr, and no banner.", rich_help_panel=SIGHT),
@@ -149,8 +152,8 @@ def serve(
         str | None,
         typer.Option(
             metavar="URL",
-            help="A collector for OpenTelemetry spans, such as http://127.0.0.1:4318. Needs leanserve[otel]. "
-            "Default: OTEL_EXPORTER_OTLP_ENDPOINT, or none.",
+            help="A collector for OpenTelemetry spans, such as http://127.0.0.1:4318. Needs leanserve\\[otel]. "
+            "Default: as OTEL_... variables say, or none.",
             rich_help_panel=SIGHT,
         ),
     ] = None,

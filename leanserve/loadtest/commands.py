@@ -105,7 +105,10 @@ def run(
             rich_help_panel=PROMPTS,
         ),
     ] = None,
-    arrival: Annotated[ArrivalKind, typer.Option(help="Times of --rate.", rich_help_panel=ARRIVALS)] = "poisson",
+    arrival: Annotated[
+        ArrivalKind,
+        typer.Option(metavar="poisson | constant | gamma | ramp", help="Times of --rate.", rich_help_panel=ARRIVALS),
+    ] = "poisson",
     burstiness: Annotated[
         float, typer.Option(metavar="X", help="gamma: variance over Poisson's.", rich_help_panel=ARRIVALS)
     ] = 4.0,

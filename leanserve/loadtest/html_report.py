@@ -122,7 +122,8 @@ def _latencies(report: Report) -> str:
     rows.append(_latency_row("client lag", report.client_lag_ms, FORMULAS["client_lag_ms"]))
     heads = "".join(f"<th>{name}</th>" for name in ("", "mean", "p50", "p90", "p95", "p99", "max"))
     return (
-        "<section><h2>Latency</h2><p>Of successful requests; what each figure is stands beside it.</p>"
+        "<section><h2>Latency</h2><p>Of successful requests, unless said otherwise; what each figure is stands beside "
+        "it.</p>"
         f'<div class="scroll"><table class="numbers"><tr>{heads}<th class="left">formula</th></tr>'
         f"{''.join(rows)}</table></div></section>"
     )

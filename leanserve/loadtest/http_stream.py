@@ -5,6 +5,7 @@ parsed: a piece's time says when it came, not how busy this client was with its 
 """
 
 import asyncio
+import os
 import socket
 import ssl
 import time
@@ -23,7 +24,7 @@ _SLOW_READER_BUFFER_BYTES = 4096
 
 
 class TransportError(Exception):
-    """The connection failed; `kind` is a short word for counting."""
+    """The connection failed; `kind` is a short word for counting. The message does not say whose it was."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -237,8 +238,10 @@ async def exchange(
                 small = await _small_socket(address)
                 name = address.host if address.tls else None
                 await loop.create_connection(lambda: connection, sock=small, ssl=address.tls, server_hostname=name)
+        except ConnectionError as error:  # asyncio's own words name the address, which whoever reads this knows
+            raise TransportError("connect", os.strerror(error.errno) if error.errno else str(error)) from None
         except OSError as error:
-            raise TransportError("connect", f"{address.url}: {error}") from None
+            raise TransportError("connect", str(error)) from None
         standard = (
             ("Host", f"{address.host}:{address.port}"),
             ("User-Agent", f"leanserve-loadtest/{__version__}"),
@@ -285,5 +288,5 @@ async def fetch(
         async with asyncio.timeout(timeout_s):
             result = await exchange(address, Inbox(), method, path, body, collected.add)
     except TimeoutError:
-        raise TransportError("timeout", f"{address.url}{path} did not answer within {timeout_s:g} s") from None
+        raise TransportError("timeout", f"{path} did not answer within {timeout_s:g} s") from None
     return result.status, collected.content

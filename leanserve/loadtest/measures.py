@@ -19,8 +19,8 @@ FORMULAS = {
     "itl_ms": "between neighbouring chunks with tokens, all streams pooled",
     "tpot_ms": "(last token - first token) / (output tokens - tokens in the first chunk), per request",
     "e2e_ms": "last token - intended start",
-    "client_delay_ms": "this client's begin - intended start; inside all latencies",
-    "connect_ms": "TCP and TLS; inside all latencies",
+    "client_delay_ms": "this client's begin - intended start, of all requests; inside all latencies",
+    "connect_ms": "TCP and TLS, of all requests that connected; inside all latencies",
     "duration_s": "last end - first intended start",
     "requests_per_s": "successful requests / duration",
     "goodput_rps": "successful requests that keep every SLO / duration",
@@ -36,7 +36,8 @@ FORMULAS = {
     "client_lag_ms": "how late this client's 10 ms timer fired",
     "client_cpu": "CPU seconds of this client / duration; it has one core",
 }
-"""What each figure is. Percentiles interpolate linearly; latencies are those of successful requests."""
+"""What each figure is. Percentiles interpolate linearly; latencies are those of successful requests,
+unless it says otherwise."""
 
 
 class Distribution(msgspec.Struct, frozen=True):

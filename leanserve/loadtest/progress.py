@@ -81,6 +81,8 @@ def duration(value_ms: float) -> str:
 
 
 def line_text(at_zero_ms: float, per_1k_tokens_ms: float, unit: str) -> str:
-    """A fitted line in words: 401 ms + 1.36 s per 1k prompt tokens."""
+    """A fitted line in words: 401 ms + 1.36 s per 1k prompt tokens. A time below 0 is left out: nothing takes that."""
+    if at_zero_ms < 0:
+        return f"{duration(per_1k_tokens_ms)} per {unit}"
     sign = "-" if per_1k_tokens_ms < 0 else "+"
     return f"{duration(at_zero_ms)} {sign} {duration(abs(per_1k_tokens_ms))} per {unit}"

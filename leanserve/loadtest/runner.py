@@ -56,7 +56,11 @@ class RunResult:
 async def run_workload(
     target: Target, workload: Workload, live: Live, *, timeout_s: float, interrupt: asyncio.Event | None = None
 ) -> RunResult:
-    """Run every conversation. `live` is updated on the way. Setting `interrupt` ends the run early."""
+    """Run every conversation. `live` is updated on the way. Setting `interrupt` ends the run early.
+
+    Raises:
+        ConfigError: a later turn needs what the server does not send.
+    """
     run = _Run(target, workload, live, timeout_s)
     scraper = Scraper(target.address)
     await scraper.sample()
@@ -72,7 +76,10 @@ async def run_workload(
             asking.cancel()
             await asyncio.gather(asking, stop, return_exceptions=True)
             if not interrupted:
-                asking.result()
+                try:
+                    asking.result()
+                except ExceptionGroup as group:  # of conversations: the first that could not go on ended the others
+                    raise group.exceptions[0] from None
     finally:
         gc.enable()
     await scraper.settle()

@@ -92,13 +92,15 @@ def facts_of(report: Report) -> list[tuple[str, str, str]]:
     if measures.cached_tokens is not None:
         share = measures.cached_tokens / max(1, measures.input_tokens)
         facts.append(("cached", f"{measures.cached_tokens:,} prompt tokens ({share:.1%})", FORMULAS["cached_tokens"]))
-    for name, line, what in (
-        ("prefill", measures.prefill, "1k prompt tokens"),
-        ("decode", measures.decode, "1k of context"),
+    for name, line, what, rest in (
+        ("prefill", measures.prefill, "1k prompt tokens", "queue"),
+        ("decode", measures.decode, "1k of context", "base"),
     ):
         value = "not fitted: lengths differ too little"
         if line is not None:
             value = line_text(line.at_zero_ms, line.per_1k_tokens_ms, what)
+            if line.at_zero_ms < 0:
+                value += f"; no {rest} can be told: these lengths lie on a line that is below 0 at 0 tokens"
         facts.append((name, value, FORMULAS[name]))
     if (stall := measures.longest_stall) is not None:
         usual = f" (usual gap {duration(stall.typical_gap_ms)})" if stall.typical_gap_ms else ""

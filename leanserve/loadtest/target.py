@@ -101,7 +101,7 @@ async def _ask(target: Target, body: bytes) -> tuple[int, str]:
     try:
         status, content = await fetch(target.address, "POST", target.route, body, timeout_s=120)
     except TransportError as error:
-        raise ConfigError(f"the first request failed: {error}") from None
+        raise ConfigError(f"the first request to {target.address.url} failed: {error}") from None
     try:
         message = error_of(orjson.loads(content)) or content.decode(errors="replace")
     except (orjson.JSONDecodeError, AttributeError):

@@ -97,8 +97,8 @@ def read_rope_parameters(
     def number(name: str, *, low: float = 1e-9) -> float:
         return scaling.number(name, low=low)
 
-    def optional(name: str, *, low: float = 0.0) -> float | None:
-        return scaling.optional_number(name, low=low)
+    def optional(name: str) -> float | None:
+        return scaling.optional_number(name, low=0.0)
 
     common = {"rope_type": rope_type, "rope_theta": theta}
     match rope_type:

@@ -16,14 +16,20 @@ GPU_MEMORY_SHARE = 0.90
 """Of a GPU's memory, what weights, activations and KV may take together."""
 
 
-def available_host_bytes() -> int:
-    """Free host memory; a cgroup's limit counts where it is lower."""
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_host_bytes(cgroup: Path = _CGROUP) -> int:
+    """Free host memory; a cgroup's limit counts where it is lower. What it holds of files is free: it makes room, and
+    the weights that were just read are among them."""
     free = _free_bytes()
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        limit = (cgroup / "memory.max").read_text().strip()
         if limit != "max":
-            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
+            held = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+            files = int(held["inactive_file"]) + int(held["active_file"])
+            free = min(free, int(limit) - int((cgroup / "memory.current").read_text()) + files)
+    except (KeyError, OSError, ValueError):
         pass
     return max(free, 0)
 

@@ -160,3 +160,39 @@ def test_what_does_not_fit_is_refused(change, message, generator):
     q = arguments.pop("q")
     with pytest.raises(ValueError, match=message):
         lean_prefill(q, kv, **arguments, backend="portable")
+
+
+LONG = 70_000
+"""Query tokens, each a block of its own: more than the second dimension of a grid holds."""
+
+
+def test_a_long_prompt_fits_into_one_grid(monkeypatch):
+    flash_prefill = pytest.importorskip("lean_attention.flash_prefill")
+    grids = []
+
+    class Launches:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(flash_prefill, "prefill_kernel", Launches())
+    pool, none = torch.zeros(1, 2, 16, 16), torch.zeros(1, dtype=torch.int32)
+    q = torch.zeros(LONG, 2, 16)
+    offsets, positions = torch.tensor([0, LONG], dtype=torch.int32), torch.zeros(LONG, dtype=torch.int32)
+    tuning = flash_prefill.PrefillTuning(rows=1, tile=16, num_warps=4, num_stages=1)
+    flash_prefill.prefill(q, PagedKV(pool, pool, none[None], none), offsets, positions, scale=1.0, tuning=tuning)
+    assert grids == [(2 * (LONG + 1),)]
+
+
+@pytest.mark.gpu
+def test_a_long_prompt_is_attended_to(generator):
+    q = torch.randn(1, 128, 16, generator=generator).expand(LONG, -1, -1).cuda()  # a token fills a block of rows
+    k, v = torch.randn(2, 1, 1, 16, 16, generator=generator).cuda()
+    one = torch.ones(1, dtype=torch.int32, device="cuda")
+    offsets = torch.tensor([0, LONG], dtype=torch.int32, device="cuda")
+    positions = torch.full((LONG,), 15, dtype=torch.int32, device="cuda")
+    out, lse = lean_prefill(q, PagedKV(k, v, 0 * one[None], 16 * one), offsets, positions, backend="triton")
+    assert torch.equal(out, out[:1].expand_as(out))
+    assert torch.equal(lse, lse[:1].expand_as(lse))
+    weights = torch.softmax(q[0].double() @ k[0, 0].double().T / 4, -1)
+    torch.testing.assert_close(out[0].double(), weights @ v[0, 0].double(), rtol=1e-4, atol=1e-4)

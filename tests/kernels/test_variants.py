@@ -16,11 +16,12 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from lean_attention import variants as variants_module
+from lean_attention.ahead_of_time import ARCHITECTURES, Compiled, Variant, compile_all
 from lean_attention.flash_prefill import prefill_kernel
 from lean_attention.merge import merge_kernel
 from lean_attention.stream_k import decode_kernel
 from lean_attention.stream_k_plan import deal_kernel
-from lean_attention.variants import ARCHITECTURES, Variant, compile_all, main, variants
+from lean_attention.variants import main, variants
 
 TABLE = Path(__file__).parents[2] / "kernels" / "variants.md"
 
@@ -37,7 +38,7 @@ def fewer_groups(architecture: str) -> list[Variant]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("listed", [fewer_groups, pytest.param(variants, marks=pytest.mark.slow)])
 def test_the_default_list_compiles_for_hopper_without_spills(listed):
-    results = list(compile_all(["sm_90"], listed=listed))
+    results = list(compile_all(listed, ["sm_90"]))
     assert len(results) == len(listed("sm_90"))
     assert 30 < len(results) <= 40
     assert {r.variant: r.error for r in results if r.error} == {}
@@ -63,7 +64,7 @@ def test_the_committed_table_lists_every_variant(architecture):
 
 
 def test_a_variant_that_fails_is_named_and_fails_the_command(monkeypatch, capsys, tmp_path):
-    failed = variants_module.Compiled("decode-x", "sm_90", 0, 0, 0, 0, 0.1, "CompilationError: no such thing")
+    failed = Compiled("decode-x", "sm_90", 0, 0, 0, 0, 0.1, "CompilationError: no such thing")
     monkeypatch.setattr(variants_module, "compile_all", lambda *_args, **_options: iter([failed]))
     assert main(["--arch", "sm_90", "--out", str(tmp_path / "table.md")]) == 1
     printed = capsys.readouterr()

@@ -153,7 +153,10 @@ def test_what_cannot_work_is_one_line_with_the_numbers(tmp_path):
             done = loadtest(server.url, *arguments)
             assert done.returncode == 1, (arguments, done.stdout)
             assert re.search(message, done.stderr), done.stderr
-    for url, message in {"http://127.0.0.1:9": "no server at", "ftp://x": "is not the URL of a server"}.items():
+    for url, message in {
+        "http://127.0.0.1:9": "no server at http://127.0.0.1:9: Connection refused; start one",
+        "ftp://x": "is not the URL of a server",
+    }.items():
         done = loadtest(url)
         assert done.returncode == 1
         assert message in done.stderr
@@ -178,6 +181,14 @@ def test_servers_that_refuse_extra_fields_and_speak_chat_are_served_too(tmp_path
     # It counts words, not the bundled tokenizer's tokens: the report says so and uses the server's count.
     assert measures.length_mismatches == 4
     assert any("another length by the server's count" in warning for warning in finished.report.warnings)
+
+
+@pytest.mark.parametrize("load", [("--concurrency", "2"), ("--rate", "100")])
+def test_turns_without_token_ids_end_with_advice(load, tmp_path):
+    with known_server(tmp_path, ttft_ms=1, gap_ms=1, refuse=["return_token_ids"]) as server:
+        done = loadtest(server.url, "--turns", "2", "--requests", "4", "--output-tokens", "2", *load)
+    assert done.returncode == 1
+    assert done.stderr.endswith("this server sends none; add --prompts text")
 
 
 def test_turns_go_on_from_the_answers(tmp_path):

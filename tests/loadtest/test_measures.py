@@ -25,8 +25,10 @@ from leanserve.loadtest.lengths import Lengths
 from leanserve.loadtest.measures import Distribution, Measures, distribution, measure
 from leanserve.loadtest.prompts import ids_prompt
 from leanserve.loadtest.record import Record
+from leanserve.loadtest.report import Report, Title
 from leanserve.loadtest.runner import Live, RunResult, run_workload
 from leanserve.loadtest.slo import Slo
+from leanserve.loadtest.tables import facts_of
 from leanserve.loadtest.target import find_target
 from leanserve.loadtest.workload import WorkloadOptions, write_workload
 from loadtest.known_server import KnownServer, known_server
@@ -235,6 +237,22 @@ def test_fits_of_exact_times_are_exact():
     assert measures.decode.per_1k_tokens_ms == pytest.approx(3, rel=1e-3)
     assert measures.decode.at_zero_ms == pytest.approx(4, abs=0.01)
     assert measure([of_exact_times(index, 500) for index in range(6)], Slo()).prefill is None
+
+
+def test_no_time_below_zero_is_told():
+    """Attention makes long prompts take more than their share: the line through them is below 0 at no tokens."""
+    records = [of_exact_times(index, tokens, 1e-5 * tokens**2) for index, tokens in enumerate((2000, 4000, 6000, 8000))]
+    measures = measure(records, Slo())
+    assert measures.prefill is not None
+    assert measures.prefill.at_zero_ms < 0
+    title = Title(url="", model="", limit_tokens=None, arrivals="", version="", date="", settings={})
+    report = Report(
+        title=title, measures=measures, client_lag_ms=Distribution(), client_cpu=0.0, server=None,
+        correctness=Correctness(), slo="none", warnings=[],
+    )  # fmt: skip
+    values = {name: value for name, value, _ in facts_of(report)}
+    assert values["prefill"].startswith("140 ms per 1k prompt tokens; no queue can be told")
+    assert values["decode"].startswith("4 ms + 3 ms per 1k of context")
 
 
 @patiently

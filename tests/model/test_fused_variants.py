@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from lean_attention.variants import Variant, compile_all
+from lean_attention.ahead_of_time import Variant, compile_all
 from leanserve.model.fused import (
     HEADS_WARPS,
     SWIGLU_WARPS,
@@ -74,7 +74,7 @@ def fused_variants(architecture: str) -> list[Variant]:
 @pytest.mark.timeout(900)
 def test_they_compile_without_spills() -> None:
     architectures = ["sm_80", "sm_90", "sm_100"]
-    results = list(compile_all(architectures, listed=fused_variants, jobs=1))
+    results = list(compile_all(fused_variants, architectures, jobs=1))
     assert len(results) == sum(len(fused_variants(architecture)) for architecture in architectures)
     assert {(r.variant, r.architecture): r.error for r in results if r.error} == {}
     assert {(r.variant, r.architecture): r.stack_bytes for r in results if r.stack_bytes} == {}
