@@ -149,10 +149,13 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
 def test_the_command_prints_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     result = CliRunner().invoke(
-        app, ["plan", "--gpu", "l4", "--ranks", "3", "--context", "16k", "--plot", str(picture)]
+        app,
+        ["plan", "--gpu", "b200", "--ranks", "3", "--context", "16k", "--plot", str(picture)],
+        env={"COLUMNS": "80"},
     )
     assert result.exit_code == 0, result.output
-    assert "3 x L4" in result.output
+    assert "…" not in result.output, "a figure is cut"
+    assert "3 x B200" in result.output
     assert "16,384 tokens" in result.output
     assert "estimates" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
