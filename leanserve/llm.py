@@ -225,7 +225,8 @@ class LLM:
         if sampling.structured_outputs is not None:
             self._require_tokenizer("structured output")
             check_grammar(sampling.structured_outputs)
-        for param, ids in (("logit_bias", sampling.logit_bias), ("allowed_token_ids", sampling.allowed_token_ids)):
+        for param in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            ids = getattr(sampling, param)
             if ids and max(ids) >= self.info.vocab_size:
                 raise RequestError(
                     f"{param} holds token id {max(ids)}, outside the vocabulary of {self.info.vocab_size}", param=param

@@ -100,6 +100,7 @@ def test_a_stream_left_early_frees_its_pages(llm):
         ({"prompt_token_ids": [1]}, SamplingParams(max_tokens=10**6), RequestTooLongError, "above the limit of 4096"),
         ({"prompt_token_ids": [1]}, SamplingParams(stop="x"), RequestError, "needs a tokenizer"),
         ({"prompt_token_ids": [1]}, SamplingParams(logit_bias={10**6: 1}), RequestError, "1000000"),
+        ({"prompt_token_ids": [1]}, SamplingParams(stop_token_ids=[10**6]), RequestError, "1000000"),
         (
             {"prompt_token_ids": [1]},
             SamplingParams(structured_outputs={"json_object": True}),

@@ -133,6 +133,10 @@ BAD_BODIES: dict[str, tuple[bytes, str | None]] = {
     "min_tokens negative": (b"{" + OK + b', "min_tokens": -1}', "min_tokens"),
     "truncate_prompt_tokens 0": (b"{" + OK + b', "truncate_prompt_tokens": 0}', "truncate_prompt_tokens"),
     "truncate_prompt_tokens -1": (b"{" + OK + b', "truncate_prompt_tokens": -1}', "truncate_prompt_tokens"),
+    "truncate_prompt_tokens huge": (
+        b"{" + OK + b', "truncate_prompt_tokens": 9' + b"0" * 20 + b"}",
+        "truncate_prompt_tokens",
+    ),
     "response_format a text": (b"{" + OK + b', "response_format": "json_object"}', "response_format"),
     "response_format unheard of": (b"{" + OK + b', "response_format": {"type": "xml"}}', "response_format"),
     "response_format without a schema": (
