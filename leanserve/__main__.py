@@ -160,7 +160,7 @@ def plan(
     question = Question(
         gpu=find_gpu(gpu),
         ranks=ranks,
-        context_tokens=architecture.max_positions if context == "auto" else parse_tokens(context),
+        context_tokens=architecture.max_context_tokens if context == "auto" else parse_tokens(context),
         sequences=concurrency,
         dtype=architecture.checkpoint_dtype if dtype is DTypeChoice.auto else dtype.value,
         page_tokens=page_tokens,

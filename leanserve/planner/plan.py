@@ -120,10 +120,10 @@ def make_plan(architecture: Architecture, question: Question, constants: Constan
     Raises:
         ConfigError: the context is longer than the model allows.
     """
-    if question.context_tokens > architecture.max_positions:
+    if question.context_tokens > architecture.max_context_tokens:
         raise ConfigError(
             f"a context of {question.context_tokens:,} tokens is asked for, but the model's own limit is "
-            f"{architecture.max_positions:,}"
+            f"{architecture.max_context_tokens:,}"
         )
     counts = sorted({1 << power for power in range(question.ranks.bit_length())} | {question.ranks})
     by_ranks = []
@@ -153,7 +153,7 @@ def _deployment(partition: Partition, question: Question, constants: Constants) 
         split=partition.split,
         memory=memory,
         cache_tokens=cache_tokens,
-        longest_context_tokens=min(cache_tokens, partition.architecture.max_positions),
+        longest_context_tokens=min(cache_tokens, partition.architecture.max_context_tokens),
         sequences=pages // -(-question.context_tokens // question.page_tokens),
         decode=decode_time(
             partition, question.gpu, constants,
