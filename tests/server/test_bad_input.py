@@ -220,6 +220,9 @@ def test_every_kind_of_bad_body_while_a_stream_runs() -> None:
                 for wrong in (None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"):
                     error = checked_error(await post(live, b"{" + OK + b"}", wrong))
                     assert error["code"] == "invalid_content_type"
+                packed = {"content-type": "application/json", "content-encoding": "gzip"}
+                error = checked_error(await live.http.post("/v1/completions", content=b"\x1f\x8b", headers=packed))
+                assert "uncompressed" in error["message"]
                 for model in (b"gpt-4", b"../../echo"):
                     error = checked_error(await post(live, b"{" + OK + b', "model": "' + model + b'"}'), 404)
                     assert (error["code"], error["param"]) == ("model_not_found", "model")
