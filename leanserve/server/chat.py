@@ -91,7 +91,7 @@ class ChatCompletion(Answer):
         parser = self._parsers[piece.index]
         deltas = ToolDeltas(piece.text) if parser is None else self._deltas(parser, piece)
         reason = piece.finish_reason
-        if reason == "stop" and parser is not None and parser.num_calls:
+        if reason == "stop" and parser is not None and parser.num_calls and not parser.was_cut:
             reason = "tool_calls"
         choice: dict[str, object] = {
             "index": piece.index,

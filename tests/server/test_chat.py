@@ -140,6 +140,11 @@ def test_calls_are_parsed_whole_and_streamed() -> None:
             named = (await live.chat('{"at": 1}</s>', tools=TOOLS, tool_choice=choice)).json()["choices"][0]
             assert named["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at": 1}'}
             assert (named["message"]["content"], named["finish_reason"]) == (None, "tool_calls")
+            for cut, stop in ((spoken, "cat"), ('{"at": "the cat"}</s>', "cat")):
+                forced = choice if cut[0] == "{" else "auto"
+                whole = (await live.chat(cut, tools=TOOLS, tool_choice=forced, stop=stop)).json()["choices"][0]
+                assert whole["message"]["tool_calls"][0]["function"]["arguments"] == '{"at": "the '
+                assert whole["finish_reason"] == "stop", "what calls it would find no JSON"
 
     run(scenario())
 
