@@ -35,6 +35,7 @@ from leanserve.launch.model_options import (
     WeightsOption,
     count_or_auto,
     size_or_auto,
+    tokens_or_auto,
 )
 from leanserve.launch.serve_command import HTTP, serve
 from leanserve.loadtest.commands import loadtest_app
@@ -154,16 +155,16 @@ def plan(
     from leanserve.contracts.config import GPU_BATCH_TOKENS, BatchOptions
     from leanserve.launch.options import parse_bytes
     from leanserve.planner.gpus import find_gpu
-    from leanserve.planner.plan import Question, find_architecture, make_plan, parse_tokens
+    from leanserve.planner.plan import Question, find_architecture, make_plan
     from leanserve.planner.report import draw_plan, print_plan
     from leanserve.planner.roofline import Constants
 
-    batch_tokens = count_or_auto("--max-batch-tokens", max_batch_tokens)
+    batch_tokens = tokens_or_auto("--max-batch-tokens", max_batch_tokens)
     architecture = find_architecture(bundled_model_dir() if model is None else model)
     question = Question(
         gpu=find_gpu(gpu),
         ranks=ranks,
-        context_tokens=architecture.max_positions if context == "auto" else parse_tokens(context),
+        context_tokens=tokens_or_auto("--context", context) or architecture.max_context_tokens,
         sequences=concurrency,
         dtype=architecture.checkpoint_dtype if dtype is DTypeChoice.auto else dtype.value,
         page_tokens=page_tokens,

@@ -90,7 +90,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_context_tokens: int
     """Longest prompt + completion this engine accepts."""
     model_max_tokens: int
-    """The model's own limit (max_position_embeddings)."""
+    """The model's own limit (max_position_embeddings, and what rope scaling makes of it)."""
     page_tokens: int
     pages_per_rank: tuple[int, ...]
     kv_bytes_per_token: int

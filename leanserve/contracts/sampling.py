@@ -31,6 +31,9 @@ MAX_SAMPLES = 128
 MAX_LOGIT_BIASES = 1024
 MAX_ALLOWED_TOKEN_IDS = 4096
 
+_INT32_MAX = 2**31 - 1
+"""Of token ids and counts of them: no message and no tensor holds more."""
+
 FinishReason = str
 """`"stop"` (an end token, a stop string or a stop id), `"length"` (max_tokens), `"abort"` or `"error"`."""
 
@@ -119,7 +122,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         require("top_p", self.top_p > 0, "it must be above 0 and at most 1 (1 keeps all tokens)")
         if self.top_k is not None:
             require_int(
-                "top_k", 1, math.inf, "it must be at least 1; leave it out, or give 0 or -1, to keep all tokens"
+                "top_k",
+                1,
+                _INT32_MAX,
+                f"it must be from 1 to {_INT32_MAX}; leave it out, or give 0 or -1, to keep all tokens",
             )
         require_number("min_p", 0, 1, "it must be from 0 to 1")
         for field in ("presence_penalty", "frequency_penalty"):
@@ -143,7 +149,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 0 < len(self.allowed_token_ids) <= MAX_ALLOWED_TOKEN_IDS
                 and all(map(_is_token_id, self.allowed_token_ids))
             ),
-            f"it must be 1 to {MAX_ALLOWED_TOKEN_IDS} token ids, none negative",
+            f"it must be 1 to {MAX_ALLOWED_TOKEN_IDS} token ids, each from 0 to {_INT32_MAX}",
         )
         for field in ("logprobs", "prompt_logprobs"):
             if getattr(self, field) is not None:
@@ -154,7 +160,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "it must be a StructuredOutputsParams, or a dict with its fields",
         )
         if self.truncate_prompt_tokens is not None:
-            require_int("truncate_prompt_tokens", 1, math.inf, "it must be an integer of at least 1")
+            require_int("truncate_prompt_tokens", 1, _INT32_MAX, f"it must be an integer from 1 to {_INT32_MAX}")
         if self.seed is not None:
             require_int("seed", -(2**63), 2**63 - 1, "it must be an integer that fits in 64 bits")
         require(
@@ -165,7 +171,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         require(
             "stop_token_ids",
             len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS and all(map(_is_token_id, self.stop_token_ids)),
-            f"it must be at most {MAX_STOP_TOKEN_IDS} token ids, none negative",
+            f"it must be at most {MAX_STOP_TOKEN_IDS} token ids, each from 0 to {_INT32_MAX}",
         )
         require_int(
             "priority",
@@ -223,7 +229,7 @@ def _is_int(value: object) -> bool:
 
 
 def _is_token_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _INT32_MAX
 
 
 def _is_text(value: object, max_chars: int | None = None) -> bool:

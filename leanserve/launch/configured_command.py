@@ -17,7 +17,7 @@ from leanserve.contracts.errors import ConfigError
 __all__ = ["ConfiguredCommand", "use_config_file"]
 
 _PREFIX = "LEANSERVE"
-_NOT_OPTIONS = ("LEANSERVE_RUN_DIR", "LEANSERVE_AGENT_PID")
+_NOT_OPTIONS = ("LEANSERVE_RUN_DIR", "LEANSERVE_AGENT_PID", "LEANSERVE_PULSE_HOST")
 """Set by one of our processes for another."""
 
 

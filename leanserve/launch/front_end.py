@@ -238,15 +238,18 @@ async def show_loading(client: EngineClient, console: Console) -> EngineInfo:
         TimeElapsedColumn(),
     )
     ready = asyncio.ensure_future(client.engine.wait_ready())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting ranks", total=None)
-        while not (await asyncio.wait({ready}, timeout=0.1))[0]:
-            if client.engine.loading is not None:
-                loading = client.engine.loading
-                progress.update(
-                    task, description=f"loading {loading.stage}", completed=loading.done, total=loading.total
-                )
-    return ready.result()
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("starting ranks", total=None)
+            while not (await asyncio.wait({ready}, timeout=0.1))[0]:
+                if client.engine.loading is not None:
+                    loading = client.engine.loading
+                    progress.update(
+                        task, description=f"loading {loading.stage}", completed=loading.done, total=loading.total
+                    )
+        return ready.result()
+    finally:
+        ready.cancel()
 
 
 def _banner(info: EngineInfo) -> dict[str, str]:

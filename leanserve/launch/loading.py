@@ -145,7 +145,7 @@ def load_rank(
             vocab_size=architecture.vocab_size,
             eos_token_ids=architecture.eos_token_ids,
             max_context_tokens=max_context_tokens,
-            model_max_tokens=architecture.max_positions,
+            model_max_tokens=architecture.max_context_tokens,
             page_tokens=config.cache.page_tokens,
             pages_per_rank=pages_per_rank,
             kv_bytes_per_token=kv_bytes_per_token,
@@ -203,11 +203,11 @@ def _grammar_tokenizer(model_dir: Path, architecture: Architecture) -> LLTokeniz
 def _max_context_tokens(config: EngineConfig, architecture: Architecture, sharding: KvSharding) -> int:
     wanted = config.cache.max_context_tokens
     if wanted is None:
-        return min(architecture.max_positions, sharding.total_tokens)
-    if wanted > architecture.max_positions:
+        return min(architecture.max_context_tokens, sharding.total_tokens)
+    if wanted > architecture.max_context_tokens:
         raise ConfigError(
-            f"max context tokens is {wanted}, but the model's own limit (max_position_embeddings) is "
-            f"{architecture.max_positions}"
+            f"max context tokens is {wanted}, but the model's own limit (max_position_embeddings, and what rope "
+            f"scaling makes of it) is {architecture.max_context_tokens}"
         )
     if wanted > sharding.total_tokens:
         raise ConfigError(

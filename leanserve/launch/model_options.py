@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from leanserve.contracts.config import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from leanserve.contracts.token_counts import parse_tokens
 
 __all__ = [
     "BATCHING",
@@ -34,6 +35,7 @@ __all__ = [
     "WeightsOption",
     "count_or_auto",
     "size_or_auto",
+    "tokens_or_auto",
 ]
 
 
@@ -123,7 +125,7 @@ MaxContext = Annotated[
     str,
     typer.Option(
         metavar="N|auto",
-        help="Longest prompt + completion. auto: the model's limit, or what fits.",
+        help="Longest prompt + completion, such as 128k. auto: the model's limit, or what fits.",
         rich_help_panel=MEMORY,
     ),
 ]
@@ -172,6 +174,15 @@ def count_or_auto(name: str, text: str) -> int | None:
     if not text.isdecimal():
         raise typer.BadParameter(f"{text!r} is neither auto nor a whole number", param_hint=name)
     return int(text)
+
+
+def tokens_or_auto(name: str, text: str) -> int | None:
+    """As `count_or_auto`, of a number of tokens such as 128k.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    return None if text == "auto" else parse_tokens(text, name)
 
 
 def size_or_auto(text: str) -> str | None:

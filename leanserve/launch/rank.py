@@ -77,7 +77,7 @@ def run_rank(attach_front_end: Callable[[dist.Store], Path] | None = None) -> in
         attach_front_end: called with the agent's store on rank 0 where no front end started this group: finds the one
             of an earlier attempt or starts one, and returns the run directory.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle, or a `Termination`'s
     dump_stacks_when_asked()
     place = Place.from_environment()
     open_log_of_rank(rank=place.rank, pid=os.getpid())

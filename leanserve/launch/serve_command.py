@@ -30,6 +30,7 @@ from leanserve.launch.model_options import (
     WeightsOption,
     count_or_auto,
     size_or_auto,
+    tokens_or_auto,
 )
 
 __all__ = ["HTTP", "serve"]
@@ -268,11 +269,11 @@ def serve(
             weights=weights.value,
             page_tokens=page_tokens,
             kv_memory=size_or_auto(kv_memory),
-            max_context_tokens=count_or_auto("--max-context-tokens", max_context_tokens),
+            max_context_tokens=tokens_or_auto("--max-context-tokens", max_context_tokens),
             prefix_cache=prefix_cache,
-            max_batch_tokens=count_or_auto("--max-batch-tokens", max_batch_tokens),
+            max_batch_tokens=tokens_or_auto("--max-batch-tokens", max_batch_tokens),
             max_sequences=max_sequences,
-            long_prefill_tokens=count_or_auto("--long-prefill-tokens", long_prefill_tokens),
+            long_prefill_tokens=tokens_or_auto("--long-prefill-tokens", long_prefill_tokens),
             step_timeout_s=step_timeout,
         ),
     )

@@ -168,7 +168,8 @@ def run(
         requests = 40
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
     del settings["api_key"]
-    from leanserve.loadtest.lengths import Lengths, parse_tokens
+    from leanserve.contracts.token_counts import parse_tokens
+    from leanserve.loadtest.lengths import Lengths
     from leanserve.loadtest.prompts import TokenRange
     from leanserve.loadtest.session import LoadTest
     from leanserve.loadtest.slo import Slo
@@ -304,7 +305,7 @@ def _refuse_beside_trace(given: dict[str, bool]) -> None:
 
 
 def _tokens_or_zero(text: str, option: str) -> int:
-    from leanserve.loadtest.lengths import parse_tokens
+    from leanserve.contracts.token_counts import parse_tokens
 
     return 0 if text == "0" else parse_tokens(text, option)
 

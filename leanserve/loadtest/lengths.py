@@ -15,25 +15,13 @@ import re
 from collections.abc import Callable
 
 from leanserve.contracts.errors import ConfigError
+from leanserve.contracts.token_counts import parse_tokens
 
-__all__ = ["Lengths", "parse_tokens"]
+__all__ = ["Lengths"]
 
-_UNITS = {"": 1, "k": 1024, "m": 1024**2}
 _MIXED = re.compile(r"(\d+(?:\.\d+)?)%[:\s]\s*(.+)")
 _Draw = Callable[[random.Random, int], int]
 """The length of the request with this index."""
-
-
-def parse_tokens(text: str, option: str = "a number of tokens") -> int:
-    """Read 512, 16k or 1M.
-
-    Raises:
-        ConfigError: it is no such number, or not positive.
-    """
-    match = re.fullmatch(r"(\d+)([km]?)", text.strip().lower())
-    if not match or int(match[1]) == 0:
-        raise ConfigError(f"{option}: {text!r} is not a positive number of tokens such as 512, 16k or 1M")
-    return int(match[1]) * _UNITS[match[2]]
 
 
 class Lengths:

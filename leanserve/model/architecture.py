@@ -43,7 +43,7 @@ class Architecture:
     head_dim: int
     """Even. Not always hidden_size / num_heads."""
     max_positions: int
-    """The model's own limit on prompt + completion, in tokens (`max_position_embeddings`)."""
+    """`max_position_embeddings`; rope scaling may stretch it, see `max_context_tokens`."""
     rms_norm_eps: float
     tied_embeddings: bool
     """The output projection is the embedding matrix."""
@@ -67,6 +67,11 @@ class Architecture:
     """What the file says its weights are; float32 when it says nothing."""
     notes: tuple[str, ...] = ()
     """Sentences a user should see before serving: fields that are read past, as transformers does."""
+
+    @property
+    def max_context_tokens(self) -> int:
+        """The model's own limit on prompt + completion."""
+        return self.rope.stretch(self.max_positions)
 
     @property
     def num_parameters(self) -> int:

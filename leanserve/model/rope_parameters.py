@@ -54,6 +54,16 @@ class RopeParameters:
         """Whether the angles of a position depend on how long its sequence is, and not only on the position."""
         return self.rope_type in ("dynamic", "longrope")
 
+    def stretch(self, max_positions: int) -> int:
+        """Tokens of context that a model of `max_positions` has with this scaling, as vLLM derives it.
+
+        With linear and dynamic scaling max_position_embeddings is the length before it, as transformers asks; with yarn
+        it may be either, beside the original length; with llama3 and longrope the length after it.
+        """
+        before = {"linear": max_positions, "dynamic": max_positions, "yarn": self.original_max_position_embeddings}
+        stretched = (before.get(self.rope_type) or 0) * (self.factor or 1.0)
+        return max(max_positions, int(min(stretched, _MAX_TOKENS)))
+
 
 def read_rope_parameters(
     config: JsonFile, *, head_dim: int, max_positions: int, default_theta: float

@@ -1,6 +1,5 @@
 """A deployment and what it would hold and cost: every figure of `leanserve plan`, as values."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,23 +12,9 @@ from leanserve.model.partition import WEIGHT_SPLITS, Partition, WeightSplit
 from leanserve.planner.gpus import Gpu
 from leanserve.planner.roofline import Constants, DecodeTime, PrefillTime, decode_time, prefill_time
 
-__all__ = ["Deployment", "Memory", "Plan", "Question", "find_architecture", "make_plan", "parse_tokens"]
+__all__ = ["Deployment", "Memory", "Plan", "Question", "find_architecture", "make_plan"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_TOKENS = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmM]?)")
-
-
-def parse_tokens(text: str) -> int:
-    """`"131072"`, `"128k"` (of 1,024) or `"1M"` (of 1,048,576).
-
-    Raises:
-        ConfigError: it is none of these, or 0.
-    """
-    match = _TOKENS.fullmatch(text.strip())
-    tokens = 0 if match is None else int(float(match[1]) * {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()])
-    if tokens < 1:
-        raise ConfigError(f"{text!r} is no number of tokens; write one such as 131072, 128k or 1M")
-    return tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +105,10 @@ def make_plan(architecture: Architecture, question: Question, constants: Constan
     Raises:
         ConfigError: the context is longer than the model allows.
     """
-    if question.context_tokens > architecture.max_positions:
+    if question.context_tokens > architecture.max_context_tokens:
         raise ConfigError(
             f"a context of {question.context_tokens:,} tokens is asked for, but the model's own limit is "
-            f"{architecture.max_positions:,}"
+            f"{architecture.max_context_tokens:,}"
         )
     counts = sorted({1 << power for power in range(question.ranks.bit_length())} | {question.ranks})
     by_ranks = []
@@ -153,7 +138,7 @@ def _deployment(partition: Partition, question: Question, constants: Constants) 
         split=partition.split,
         memory=memory,
         cache_tokens=cache_tokens,
-        longest_context_tokens=min(cache_tokens, partition.architecture.max_positions),
+        longest_context_tokens=min(cache_tokens, partition.architecture.max_context_tokens),
         sequences=pages // -(-question.context_tokens // question.page_tokens),
         decode=decode_time(
             partition, question.gpu, constants,

@@ -35,9 +35,10 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = Table(title="Memory of one rank", title_justify="left")
-    for heading in ("weights", "GiB", "activations GiB", "KV GiB", "KV bytes a token", "longest context", "sequences"):
-        table.add_column(heading, justify="left" if heading == "weights" else "right")
+    table = _table(
+        "Memory of one rank",
+        ("weights", "GiB", "activations GiB", "KV GiB", "KV bytes a token", "longest context", "sequences"),
+    )
     for deployment in plan.asked:
         memory = deployment.memory
         table.add_row(
@@ -53,9 +54,10 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _time_table(plan: Plan) -> Table:
-    table = Table(title="Estimated time", title_justify="left")
-    for heading in ("weights", "prefill s", "decode ms", "= weights", "+ KV", "+ collectives", "+ kernels", "tokens/s"):
-        table.add_column(heading, justify="left" if heading == "weights" else "right")
+    table = _table(
+        "Estimated time",
+        ("weights", "prefill s", "decode ms", "= weights", "+ KV", "+ collectives", "+ kernels", "tokens/s"),
+    )
     for deployment in plan.asked:
         decode = deployment.decode
         table.add_row(
@@ -72,9 +74,10 @@ def _time_table(plan: Plan) -> Table:
 
 
 def _ranks_table(plan: Plan) -> Table:
-    table = Table(title="Fewer ranks, each with its best split", title_justify="left")
-    for heading in ("ranks", "weights", "cache tokens", "longest context", "sequences", "prefill s", "decode ms"):
-        table.add_column(heading, justify="left" if heading == "weights" else "right")
+    table = _table(
+        "Fewer ranks, each with its best split",
+        ("ranks", "weights", "cache tokens", "longest context", "sequences", "prefill s", "decode ms"),
+    )
     for deployment in plan.by_ranks:
         table.add_row(
             str(deployment.ranks),
@@ -85,6 +88,16 @@ def _ranks_table(plan: Plan) -> Table:
             f"{deployment.prefill.total_s:.2f}",
             f"{deployment.decode.total_ms:.2f}",
         )
+    return table
+
+
+def _table(title: str, headings: tuple[str, ...]) -> Table:
+    """One space between columns and no lines: no figure may be cut where a terminal, or a pipe, is 80 wide."""
+    table = Table(
+        title=f"\n{title}", title_justify="left", box=None, header_style="bold", pad_edge=False, collapse_padding=True
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "weights" else "right")
     return table
 
 

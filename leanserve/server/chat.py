@@ -29,7 +29,8 @@ async def prepare_chat(serving: Serving, request: ChatRequest) -> "ChatCompletio
     sampling = request.sampling(default_max_tokens=max(1, request.min_tokens or 0))
     info = serving.admit(sampling.n)
     tools_without_format = request.uses_tools and serving.tool_format is None
-    if tools_without_format and request.tool_choice in (None, "auto"):
+    template_has_tools = serving.chat_template is not None and serving.chat_template.knows_tools
+    if tools_without_format and template_has_tools and request.tool_choice in (None, "auto"):
         raise RequestError(
             "how this model writes function calls is not known: its chat template shows none of "
             f"{', '.join(get_args(ToolFormat))}; use tool_choice required or a named function, or start the server "
@@ -90,7 +91,7 @@ class ChatCompletion(Answer):
         parser = self._parsers[piece.index]
         deltas = ToolDeltas(piece.text) if parser is None else self._deltas(parser, piece)
         reason = piece.finish_reason
-        if reason == "stop" and parser is not None and parser.num_calls:
+        if reason == "stop" and parser is not None and parser.num_calls and not parser.was_cut:
             reason = "tool_calls"
         choice: dict[str, object] = {
             "index": piece.index,

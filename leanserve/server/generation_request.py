@@ -20,7 +20,6 @@ from leanserve.server.protocol import Body, JsonObject
 __all__ = ["GenerationRequest", "JsonSchemaFormat", "ResponseFormat", "StreamOptions"]
 
 _MAX_STOP_CHARS = 256
-_INT32_MAX = 2**31 - 1
 
 
 class StreamOptions(JsonObject):
@@ -82,7 +81,7 @@ class GenerationRequest(Body):
     """Tokens before any end token or stop string may come."""
     temperature: float | None = None
     top_p: float | None = None
-    top_k: Annotated[int | None, Field(le=_INT32_MAX)] = None
+    top_k: int | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import errno
+import logging
 import socket
 from collections.abc import Generator
 from http import HTTPStatus
+from typing import Any
 
 import h11
 import orjson
@@ -15,9 +17,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from leanserve.contracts.errors import ConfigError
 from leanserve.server.errors import plain_reply
+from leanserve.server.logs import SeldomTold
 from leanserve.server.serving import Serving
 
 __all__ = ["bind_socket", "serve_http"]
+
+logger = logging.getLogger("leanserve.server")
 
 _MAX_HEADER_BYTES = 32 << 10
 _IDLE_CONNECTION_S = 75
@@ -110,6 +115,7 @@ async def serve_http(
         timeout_graceful_shutdown=_CLOSE_S,
         backlog=_BACKLOG,
     )
+    asyncio.get_running_loop().set_exception_handler(_LoopErrors())
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(stop.wait())
@@ -123,6 +129,25 @@ async def serve_http(
         await running
         await warming
         await serving.close()
+
+
+class _LoopErrors:
+    """Tells of what the event loop meets. Without a free file descriptor it meets that 2,048 times a second."""
+
+    def __init__(self) -> None:
+        self._accepts = SeldomTold()
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE) and "socket" in context):
+            loop.default_exception_handler(context)
+        elif self._accepts.others() is not None:
+            logger.error(
+                "no connection can be accepted (%s), new clients wait; let this process open more files, with "
+                "ulimit -n or systemd's LimitNOFILE",
+                error.strerror,
+                extra={"event": "accept_failed"},
+            )
 
 
 class _Server(uvicorn.Server):

@@ -21,6 +21,7 @@ __all__ = [
     "LogFormat",
     "LogLevel",
     "RefusalLog",
+    "SeldomTold",
     "log_access",
     "log_internal_error",
     "open_access_log",
@@ -36,7 +37,7 @@ logger = logging.getLogger("leanserve.server")
 access_logger = logging.getLogger("leanserve.access")
 
 _LEVEL_VARIABLE, _FORMAT_VARIABLE = "LEANSERVE_LOG_LEVEL", "LEANSERVE_LOG_FORMAT"
-_REFUSALS_S = 10.0
+_SELDOM_S = 10.0
 _ALWAYS_THERE = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -107,27 +108,59 @@ class _JsonLines(_Lines):
         return orjson.dumps(line, default=str).decode()
 
 
-class RefusalLog:
-    """Requests that were refused for want of room: the first is told at once, then one line for all of ten seconds."""
+class SeldomTold:
+    """What may come in thousands: the first is told at once, then one line for all of ten seconds."""
 
     def __init__(self) -> None:
         self._untold = 0
         self._told_at = float("-inf")
 
-    def note(self, request_id: str, why: str) -> None:
+    def others(self) -> int | None:
+        """Of one more: how many were not told since the last that was; None: this one is not to be told either."""
         now = time.monotonic()
-        if now - self._told_at < _REFUSALS_S:
+        if now - self._told_at < _SELDOM_S:
             self._untold += 1
-            return
-        others = f" (and {self._untold} others since the last such line)" if self._untold else ""
-        logger.warning(
-            "request %s was refused with 503%s: %s",
-            request_id,
-            others,
-            why,
-            extra={"event": "request_refused", "request_id": request_id, "others": self._untold},
-        )
-        self._untold, self._told_at = 0, now
+            return None
+        untold, self._untold, self._told_at = self._untold, 0, now
+        return untold
+
+
+class RefusalLog:
+    """Requests that were refused for want of room."""
+
+    def __init__(self) -> None:
+        self._refusals = SeldomTold()
+
+    def note(self, request_id: str, why: str) -> None:
+        others = self._refusals.others()
+        if others is not None:
+            logger.warning(
+                "request %s was refused with 503%s: %s",
+                request_id,
+                f" (and {others} others since the last such line)" if others else "",
+                why,
+                extra={"event": "request_refused", "request_id": request_id, "others": others},
+            )
+
+
+class _AccessFile(logging.FileHandler):
+    """A file whose disk may fill up: that is one line in the log, and not a stack for each request."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._failures = SeldomTold()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif (others := self._failures.others()) is not None:
+            logger.error(
+                "the access log cannot be written, and %d lines are lost: %s",
+                others + 1,
+                error,
+                extra={"event": "access_log_failed", "lines": others + 1},
+            )
 
 
 def open_access_log(target: str) -> None:
@@ -137,7 +170,7 @@ def open_access_log(target: str) -> None:
         ConfigError: the file cannot be written.
     """
     try:
-        handler = logging.StreamHandler(sys.stderr) if target == "-" else logging.FileHandler(Path(target))
+        handler = logging.StreamHandler(sys.stderr) if target == "-" else _AccessFile(Path(target))
     except OSError as error:
         raise ConfigError(f"the access log {target} cannot be written: {error}") from error
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -36,6 +36,11 @@ async def json_body(request: Request) -> bytes:
             "the content-type header must be application/json (curl: -H 'content-type: application/json')",
             code="invalid_content_type",
         )
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise RequestError(
+            f"the content-encoding header is {coding[:50]!r}; send the JSON uncompressed", code="invalid_content_type"
+        )
     return await request.body()
 
 

@@ -77,6 +77,8 @@ class Sidecar:
         async with self._lock:
             try:
                 answer = b""
+                if self._process is not None and self._process.returncode is not None:  # it ended between two orders
+                    await self._end()
                 if self._process is None:
                     self._process = await asyncio.create_subprocess_exec(
                         *(sys.executable, "-m", self._module),

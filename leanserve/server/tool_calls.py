@@ -72,6 +72,8 @@ class ToolCallParser:
         parallel: bool = True,
     ) -> None:
         self.num_calls = 0
+        self.was_cut = False
+        """The text ended within a call, whose arguments are no JSON therefore."""
         self._style = style
         self._names = names
         self._parallel = parallel
@@ -95,7 +97,8 @@ class ToolCallParser:
     def finish(self) -> ToolDeltas:
         """No more text comes; returns what was held back."""
         self._deltas = ToolDeltas()
-        if self._scanner is not None and self._call_index < 0:  # it never became a call
+        self.was_cut = self._scanner is not None and self._call_index >= 0
+        if self._scanner is not None and not self.was_cut:  # it never became a call
             self._say(self._scanner.text)
         rest = self._held.strip(_BETWEEN_CALLS) if self._in_calls else self._held
         self._scanner, self._held = None, ""

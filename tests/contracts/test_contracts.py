@@ -15,6 +15,7 @@ from leanserve.contracts.logprobs import Logprobs
 from leanserve.contracts.machine import this_machine
 from leanserve.contracts.messages import Configure, Submit, decode_to_engine, encode
 from leanserve.contracts.sampling import SamplingParams
+from leanserve.contracts.token_counts import parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -31,12 +32,14 @@ from leanserve.contracts.sampling import SamplingParams
         {"top_p": 0},
         {"top_p": 1.01},
         {"top_k": -2},
+        {"top_k": 2**31},
         {"min_p": -0.5},
         {"min_p": math.inf},
         {"seed": 2**63},
         {"stop": [""]},
         {"stop": ["x"] * 17},
         {"stop_token_ids": [-1]},
+        {"stop_token_ids": [2**31]},
         {"priority": True},
         {"priority": 1_000_001},
         {"priority": 0.5},
@@ -63,6 +66,7 @@ from leanserve.contracts.sampling import SamplingParams
         {"logprobs": True},
         {"prompt_logprobs": 21},
         {"truncate_prompt_tokens": 0},
+        {"truncate_prompt_tokens": 2**31},
         {"structured_outputs": 5},
         {"structured_outputs": {}},
         {"structured_outputs": {"json_object": False}},
@@ -149,6 +153,17 @@ def test_a_new_sequence_carries_its_tokens_as_bytes():
 def test_the_checksum_depends_on_step_tokens_and_order():
     values = {step_checksum(*args) for args in [(1, [2, 3]), (1, [3, 2]), (2, [2, 3]), (1, [2]), (1, [])]}
     assert len(values) == 5
+
+
+def test_token_counts_have_binary_units():
+    texts = ("7", "131072", "16k", " 1.5 K", "1M", "9" * 400)
+    assert [parse_tokens(text) for text in texts] == [7, 131_072, 16_384, 1536, 1 << 20, int("9" * 400)]
+
+
+@pytest.mark.parametrize("text", ["0", "0.0001k", "-1", "1G", "many", "", "1e3"])
+def test_wrong_token_counts_are_refused_by_their_option(text: str):
+    with pytest.raises(ConfigError, match=r"--context: .* is not a positive number of tokens"):
+        parse_tokens(text, "--context")
 
 
 def test_sharding_counts_pages():

@@ -104,11 +104,12 @@ def test_a_wrong_value_is_refused_wherever_it_stands(tmp_path: Path) -> None:
 
 
 def test_a_variable_that_is_no_option_is_told() -> None:
-    called, output = run(LEANSERVE_PROT="1", LEANSERVE_RUN_DIR="/run")
+    called, output = run(LEANSERVE_PROT="1", LEANSERVE_RUN_DIR="/run", LEANSERVE_PULSE_HOST="h")
     assert called["port"] == 8000
     assert "LEANSERVE_PROT is set" in output
     assert "did you mean LEANSERVE_PORT" in output
     assert "RUN_DIR" not in output
+    assert "PULSE_HOST" not in output
 
 
 def test_beyond_this_machine_only_with_keys_or_a_word(tmp_path: Path) -> None:

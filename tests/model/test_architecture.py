@@ -95,6 +95,28 @@ def test_facts_of_published_models(tmp_path: Path) -> None:
     assert smollm3.tied_embeddings, "the family's default, the file is silent"
 
 
+@pytest.mark.parametrize(
+    ("stem", "scaling", "tokens"),
+    [
+        ("qwen3-0.6b", None, 40_960),
+        ("qwen3-0.6b", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}, 131_072),
+        ("qwen3-0.6b", {"rope_type": "yarn", "factor": 1.1, "original_max_position_embeddings": 32_768}, 40_960),
+        ("mistral-7b-v0.3", {"rope_type": "yarn", "factor": 4}, 131_072),
+        ("mistral-7b-v0.3", {"type": "linear", "factor": 2.5}, 81_920),
+        ("mistral-7b-v0.3", {"type": "linear", "factor": 1e9}, 2**31 - 1),
+        ("mistral-7b-v0.3", {"type": "dynamic", "factor": 2}, 65_536),
+        ("llama-3.1-8b", ..., 131_072),
+    ],
+)
+def test_the_longest_context_is_what_rope_scaling_makes_of_it(
+    tmp_path: Path, stem: str, scaling: Any, tokens: int
+) -> None:
+    config = json.loads((Path(__file__).parent / "published" / f"{stem}.json").read_text())
+    if scaling is not ...:
+        config["rope_scaling"] = scaling
+    assert architecture_of(tmp_path, config).max_context_tokens == tokens
+
+
 WINDOWS: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {}),
     ("mistral", {"sliding_window": 7}),

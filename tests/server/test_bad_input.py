@@ -133,6 +133,10 @@ BAD_BODIES: dict[str, tuple[bytes, str | None]] = {
     "min_tokens negative": (b"{" + OK + b', "min_tokens": -1}', "min_tokens"),
     "truncate_prompt_tokens 0": (b"{" + OK + b', "truncate_prompt_tokens": 0}', "truncate_prompt_tokens"),
     "truncate_prompt_tokens -1": (b"{" + OK + b', "truncate_prompt_tokens": -1}', "truncate_prompt_tokens"),
+    "truncate_prompt_tokens huge": (
+        b"{" + OK + b', "truncate_prompt_tokens": 9' + b"0" * 20 + b"}",
+        "truncate_prompt_tokens",
+    ),
     "response_format a text": (b"{" + OK + b', "response_format": "json_object"}', "response_format"),
     "response_format unheard of": (b"{" + OK + b', "response_format": {"type": "xml"}}', "response_format"),
     "response_format without a schema": (
@@ -216,6 +220,9 @@ def test_every_kind_of_bad_body_while_a_stream_runs() -> None:
                 for wrong in (None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"):
                     error = checked_error(await post(live, b"{" + OK + b"}", wrong))
                     assert error["code"] == "invalid_content_type"
+                packed = {"content-type": "application/json", "content-encoding": "gzip"}
+                error = checked_error(await live.http.post("/v1/completions", content=b"\x1f\x8b", headers=packed))
+                assert "uncompressed" in error["message"]
                 for model in (b"gpt-4", b"../../echo"):
                     error = checked_error(await post(live, b"{" + OK + b', "model": "' + model + b'"}'), 404)
                     assert (error["code"], error["param"]) == ("model_not_found", "model")

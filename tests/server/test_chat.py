@@ -140,6 +140,11 @@ def test_calls_are_parsed_whole_and_streamed() -> None:
             named = (await live.chat('{"at": 1}</s>', tools=TOOLS, tool_choice=choice)).json()["choices"][0]
             assert named["message"]["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at": 1}'}
             assert (named["message"]["content"], named["finish_reason"]) == (None, "tool_calls")
+            for cut, stop in ((spoken, "cat"), ('{"at": "the cat"}</s>', "cat")):
+                forced = choice if cut[0] == "{" else "auto"
+                whole = (await live.chat(cut, tools=TOOLS, tool_choice=forced, stop=stop)).json()["choices"][0]
+                assert whole["message"]["tool_calls"][0]["function"]["arguments"] == '{"at": "the '
+                assert whole["finish_reason"] == "stop", "what calls it would find no JSON"
 
     run(scenario())
 
@@ -202,24 +207,27 @@ def test_wrong_conversations_are_refused_in_our_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "template", "fields", "code"),
+    ("tokenizer", "template", "fields", "code", "said"),
     [
-        (None, BARE, {}, "no_tokenizer"),
-        (byte_level, None, {}, "no_chat_template"),
-        (byte_level, BARE, {"tools": TOOLS}, "unsupported"),
-        (byte_level, BARE + "{# tools #}", {"tools": TOOLS}, "unsupported"),
-        (byte_level, "{{ raise_exception('only one message') }}", {}, "chat_template"),
-        (byte_level, "{{ nonsense", {}, "chat_template"),
+        (None, BARE, {}, "no_tokenizer", "token ids only"),
+        (byte_level, None, {}, "no_chat_template", "/v1/completions"),
+        (byte_level, None, {"tools": TOOLS}, "no_chat_template", "/v1/completions"),
+        (byte_level, BARE, {"tools": TOOLS}, "unsupported", "says nothing of tools; leave them out"),
+        (byte_level, BARE + "{# tools #}", {"tools": TOOLS}, "unsupported", "use tool_choice required"),
+        (byte_level, "{{ raise_exception('only one message') }}", {}, "chat_template", "only one message"),
+        (byte_level, "{{ nonsense", {}, "chat_template", "cannot render"),
     ],
-    ids=["no tokenizer", "no template", "no tools", "no format", "refused", "no jinja"],
+    ids=["no tokenizer", "no template", "no template for tools", "no tools", "no format", "refused", "no jinja"],
 )
 def test_what_a_model_lacks_is_said_clearly(
-    tokenizer: Any, template: str | None, fields: dict[str, Any], code: str
+    tokenizer: Any, template: str | None, fields: dict[str, Any], code: str, said: str
 ) -> None:
     async def scenario() -> None:
         own = None if tokenizer is None else Tokenizer(tokenizer())
         async with live_server(own, chat_template=template) as live:
-            assert is_error(await live.chat("x", **fields), 400, code)
+            response = await live.chat("x", **fields)
+            assert is_error(response, 400, code)
+            assert said in response.json()["error"]["message"]
             assert (await live.complete(prompt=[5])).status_code == 200
 
     run(scenario())

@@ -34,6 +34,22 @@ def rendered(template: str, *orders: dict[str, Any]) -> list[str]:
     return texts
 
 
+def test_a_process_that_died_idle_costs_no_request() -> None:
+    async def scenario() -> None:
+        chat = ChatTemplate({"default": "{{ messages[0].content }}"}, TOKENS)
+        try:
+            for _ in range(2):
+                assert await chat.render([USER]) == USER["content"]
+                process = chat._sidecar._process  # pyright: ignore[reportPrivateUsage]
+                assert process is not None
+                process.kill()
+                await process.wait()
+        finally:
+            await chat.close()
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("template", [CHATML, HERMES, LLAMA3, MISTRAL], ids=["chatml", "hermes", "llama3", "mistral"])
 def test_templates_give_what_transformers_gives(template: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template

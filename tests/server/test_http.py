@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
+import resource
 import socket
 import subprocess
 import sys
@@ -388,6 +390,31 @@ def test_the_head_of_a_request_may_not_take_for_ever() -> None:
             assert len(streamed) == 500
 
     run(scenario())
+
+
+def test_without_a_free_file_clients_wait_and_the_log_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with live_server(None) as live:
+            waiting = socket.create_connection(
+                ("127.0.0.1", live.port)
+            )  # the kernel's doing, nobody has accepted it yet
+            before = resource.getrlimit(resource.RLIMIT_NOFILE)
+            lowest_free = os.dup(waiting.fileno())
+            os.close(lowest_free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, before[1]))
+            try:
+                await until(lambda: caplog.records)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            reader, writer = await asyncio.open_connection(sock=waiting)
+            writer.write(b"GET /ping HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert b" 200 " in await asyncio.wait_for(reader.readline(), PATIENCE_S)
+            writer.close()
+
+    run(scenario())
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "Too many open files" in said
+    assert "ulimit -n" in said
 
 
 def test_a_full_server_says_so() -> None:

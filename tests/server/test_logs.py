@@ -1,6 +1,7 @@
 """The log: one event a line, for people or as JSON, with the request's id and without its content."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -58,6 +59,19 @@ def test_requests_are_in_the_access_log_where_there_is_one(capsys: Captured, tmp
     (line,) = (tmp_path / "access").read_text().splitlines()
     assert json.loads(line).items() >= {"id": "r1", "status": 200}.items()
     logging.getLogger("leanserve.access").handlers[0].close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's file that is full")
+def test_an_access_log_on_a_full_disk_is_one_line(capsys: Captured) -> None:
+    open_log("info", "json")
+    open_access_log("/dev/full")
+    for i in range(3):
+        log_access(id=f"r{i}")
+    with contextlib.suppress(OSError):
+        logging.getLogger("leanserve.access").handlers[0].close()
+    (line,) = events(capsys)
+    assert (line["event"], line["lines"]) == ("access_log_failed", 1)
+    assert "No space left" in line["message"]
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
