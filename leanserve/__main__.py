@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -152,7 +153,7 @@ def plan(
     from rich.console import Console
 
     from leanserve.bundled import bundled_model_dir
-    from leanserve.contracts.config import GPU_BATCH_TOKENS, BatchOptions
+    from leanserve.contracts.config import GPU_BATCH, BatchOptions
     from leanserve.launch.options import parse_bytes
     from leanserve.planner.gpus import find_gpu
     from leanserve.planner.plan import Question, find_architecture, make_plan
@@ -169,8 +170,9 @@ def plan(
         dtype=architecture.checkpoint_dtype if dtype is DTypeChoice.auto else dtype.value,
         page_tokens=page_tokens,
         kv_bytes_per_rank=None if kv_memory == "auto" else parse_bytes(kv_memory),
-        batch=BatchOptions(
-            max_batch_tokens=GPU_BATCH_TOKENS if batch_tokens is None else batch_tokens, max_sequences=max_sequences
+        batch=replace(
+            GPU_BATCH if batch_tokens is None else BatchOptions(max_batch_tokens=batch_tokens),
+            max_sequences=max_sequences,
         ),
     )
     result = make_plan(architecture, question, Constants() if calibrate is None else Constants.calibrated(calibrate))

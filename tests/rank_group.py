@@ -1,5 +1,6 @@
 """Ranks as processes that met by file, the engine on rank 0, no HTTP: what the exactness tests drive."""
 
+import math
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,8 @@ class Case:
     pages_per_rank: int = 400
     page_tokens: int = 16
     max_batch_tokens: int = 256
+    max_prefill_step_tokens: int | None = None
+    """However long such a step takes here: which steps there are does not depend on the machine."""
     prefix_cache: bool = True
     device: str = "cpu"
     """cuda: all ranks on one GPU, through Gloo."""
@@ -74,7 +77,9 @@ class Case:
                 kv_memory_bytes=self.pages_per_rank * self.page_tokens * token_bytes_of_kv,
                 prefix_cache=self.prefix_cache,
             ),
-            batch=BatchOptions(max_batch_tokens=self.max_batch_tokens),
+            batch=BatchOptions(
+                max_batch_tokens=self.max_batch_tokens, max_prefill_step_tokens=self.max_prefill_step_tokens
+            ),
         )
 
 
@@ -161,7 +166,11 @@ def _serve_cases(rank: int, size: int, cases: Sequence[Case], folder: Path) -> l
         run_dir.mkdir(exist_ok=True)
         if case.broken_page is not None and case.broken_page[0] == rank:
             _break_page(loaded, case)
-        with zmq.Context() as context, _counted_traffic(case, run_dir / f"traffic-{rank}"):
+        with (
+            zmq.Context() as context,
+            _counted_traffic(case, run_dir / f"traffic-{rank}"),
+            patch("leanserve.engine.step_budget.PREFILL_STEP_S", math.inf),
+        ):
             if rank == 0:
                 sender = StepSender(context, run_dir, size)
                 answers.append(_answer(loaded, case, config, sender))

@@ -88,6 +88,12 @@ def counted_prefill(model_dirs) -> Case:
     return Case(model_dirs["llama"], prompts, GREEDY, page_tokens=PAGE, max_batch_tokens=chunk, counts_traffic=True)
 
 
+def long_steps(model_dirs) -> Case:
+    """Chunks that grow until somebody streams, and again after that."""
+    prompts = random_prompts([150, 260, 33, 5], seed=17)
+    return Case(model_dirs["llama"], prompts, GREEDY, page_tokens=PAGE, max_batch_tokens=9, max_prefill_step_tokens=70)
+
+
 def four_samples(model_dirs) -> Case:
     prompts = random_prompts([3 * PAGE + 9], seed=15) * 4
     sampling = SamplingParams(temperature=0.9, top_k=30, max_tokens=8)
@@ -113,6 +119,7 @@ def group(request, model_dirs) -> Group:
     if num_ranks == 3:
         cases += [(f"{name}, overlapped", replace(case, overlap=True)) for name, case in cases if "qwen3" in name]
         cases.append(("tight pool, overlapped", replace(tight_pool(model_dirs, num_ranks), overlap=True)))
+    cases.append(("long steps", long_steps(model_dirs)))
     cases.append(("tight pool", tight_pool(model_dirs, num_ranks)))
     cases.append(("counted", counted_prefill(model_dirs)))
     samples = four_samples(model_dirs)
@@ -127,6 +134,9 @@ def test_greedy_tokens_equal_transformers(group):
         assert answer.finish_reasons == ["length"] * len(case.prompts), name
         assert answer.pages_left == 0, name
         assert (answer.num_ahead > 0) == case.overlap, name
+        longest = max(report.decode_rows + report.prefill_tokens for report in answer.step_reports)
+        assert longest <= (case.max_prefill_step_tokens or case.max_batch_tokens), name
+        assert longest > case.max_batch_tokens or case.max_prefill_step_tokens is None, name
     assert group.tight_pool.preemptions > 0
 
 

@@ -18,7 +18,7 @@ from leanserve.bench.report import PEER, CellReport, EngineReport, Settings, Sys
 from leanserve.bench.system import System
 from leanserve.bench.task import Cell, DTypeName, Quantity, Task, Timing
 from leanserve.bench.transformers_peer import ATTENTION, run_transformers
-from leanserve.contracts.config import CPU_BATCH_TOKENS
+from leanserve.contracts.config import CPU_BATCH
 from leanserve.contracts.errors import EngineError
 from leanserve.launch.threads import available_cores
 from leanserve.model.architecture import Architecture
@@ -92,7 +92,8 @@ def run_engine_bench(grid: Grid, console: Console) -> EngineReport:
         settings=Settings(
             threads=threads,
             page_tokens=PAGE_TOKENS,
-            max_batch_tokens=CPU_BATCH_TOKENS,
+            max_batch_tokens=CPU_BATCH.max_batch_tokens,
+            max_prefill_step_tokens=CPU_BATCH.longest_step_tokens,
             attn_implementation=ATTENTION,
             decode_on="caches filled with random numbers, on both sides",
             read_bytes_per_s=round(bytes_per_s),

@@ -21,8 +21,8 @@ from leanserve.bench.system import tasks_from
 from leanserve.bench.task import MAX_STEPS, Quantity, StepClock, Task, Timing, repeated
 from leanserve.contracts.batch import Batch, Row, Stop
 from leanserve.contracts.config import (
-    CPU_BATCH_TOKENS,
-    GPU_BATCH_TOKENS,
+    CPU_BATCH,
+    GPU_BATCH,
     BatchOptions,
     CacheOptions,
     Device,
@@ -103,14 +103,14 @@ def _config(task: Task, size: int, model_dir: Path, device: Device) -> EngineCon
             kv_memory_bytes=pages_per_rank * page_bytes,
             prefix_cache=task.quantity != "unshared prefix",
         ),
-        batch=BatchOptions(max_batch_tokens=_batch_tokens(task, device)),
+        batch=_batch(task, device),
     )
 
 
-def _batch_tokens(task: Task, device: Device) -> int:
+def _batch(task: Task, device: Device) -> BatchOptions:
     if task.quantity == "decode":
-        return task.cell.batch * task.cell.context_tokens
-    return CPU_BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS
+        return BatchOptions(max_batch_tokens=task.cell.batch * task.cell.context_tokens)
+    return CPU_BATCH if device == "cpu" else GPU_BATCH
 
 
 def _submit(engine: Engine, prompts: torch.Tensor, max_tokens: int) -> None:

@@ -67,7 +67,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Of every system in all: ranks share them."""
     page_tokens: int
     max_batch_tokens: int
-    """Prompt tokens that LeanServe computes in a step while it prefills."""
+    """Prompt tokens that LeanServe computes in a step beside running streams."""
+    max_prefill_step_tokens: int
+    """The same while there are none, at most."""
     attn_implementation: str
     """The peer's."""
     decode_on: str

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import zmq
 
 from leanserve.bench.noise import random_prompts
-from leanserve.contracts.config import CPU_BATCH_TOKENS, BatchOptions, CacheOptions, EngineConfig
+from leanserve.contracts.config import CPU_BATCH, BatchOptions, CacheOptions, EngineConfig
 from leanserve.contracts.messages import Submit
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.distributed.channel import StepSender
@@ -64,7 +64,7 @@ def measure_waits(long_prompt_tokens: int) -> Waits:
         dtype="float32",
         device="cpu",
         cache=CacheOptions(page_tokens=PAGE_TOKENS, kv_memory_bytes=-(-tokens // PAGE_TOKENS) * page_bytes),
-        batch=BatchOptions(max_batch_tokens=CPU_BATCH_TOKENS),
+        batch=CPU_BATCH,
     )
     place = Place(rank=0, size=1, local_rank=0, local_size=1, agent_pid=os.getpid())
     loaded = load_rank(place, dist.HashStore(), config, lambda done, total: None)

@@ -5,7 +5,18 @@ from typing import Literal
 
 from leanserve.contracts.errors import ConfigError
 
-__all__ = ["AttentionBackend", "BatchOptions", "CacheOptions", "Comm", "DType", "Device", "EngineConfig", "Weights"]
+__all__ = [
+    "CPU_BATCH",
+    "GPU_BATCH",
+    "AttentionBackend",
+    "BatchOptions",
+    "CacheOptions",
+    "Comm",
+    "DType",
+    "Device",
+    "EngineConfig",
+    "Weights",
+]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cuda", "cpu"]
@@ -38,18 +49,15 @@ class CacheOptions:
             raise ConfigError(f"max context tokens is {self.max_context_tokens}; it must be at least 2")
 
 
-GPU_BATCH_TOKENS = 2048
-CPU_BATCH_TOKENS = 512
-"""What a step holds where nobody said. Running streams wait for each step of somebody's long prompt, and a CPU's steps
-are long: there it holds less, though a prompt that is alone would be computed faster in longer ones."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
     """What one step may hold."""
 
-    max_batch_tokens: int = GPU_BATCH_TOKENS
+    max_batch_tokens: int = 2048
     """Tokens in one step, decode rows and prefill chunks together."""
+    max_prefill_step_tokens: int | None = None
+    """Tokens in a step of prefill chunks alone, as far as the engine finds that it computes them in about a second.
+    None: max_batch_tokens."""
     max_sequences: int = 256
     """Sequences that hold pages at once."""
     long_prefill_tokens: int | None = None
@@ -59,10 +67,27 @@ class BatchOptions:
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1:
             raise ConfigError(f"max batch tokens is {self.max_batch_tokens}; it must be at least 1")
+        if self.longest_step_tokens < self.max_batch_tokens:
+            raise ConfigError(
+                f"max prefill step tokens is {self.max_prefill_step_tokens}; it must be at least max batch tokens, "
+                f"{self.max_batch_tokens}"
+            )
         if self.max_sequences < 1:
             raise ConfigError(f"max sequences is {self.max_sequences}; it must be at least 1")
         if self.long_prefill_tokens is not None and self.long_prefill_tokens < 1:
             raise ConfigError(f"long prefill tokens is {self.long_prefill_tokens}; it must be at least 1")
+
+    @property
+    def longest_step_tokens(self) -> int:
+        """What any step may hold at most."""
+        return self.max_batch_tokens if self.max_prefill_step_tokens is None else self.max_prefill_step_tokens
+
+
+GPU_BATCH = BatchOptions()
+CPU_BATCH = BatchOptions(max_batch_tokens=512, max_prefill_step_tokens=2048)
+"""Where nobody said otherwise. Running streams wait for each step of somebody's long prompt, and a CPU's steps take
+long: there they hold less, and more while no stream runs. (On a GPU a longer step would take memory from the
+KV cache; what it gains was never measured.)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from leanserve.engine.pages import PageAllocator
 from leanserve.engine.prompt_shares import PromptShares
 from leanserve.engine.reuse import PrefixReuse
 from leanserve.engine.sequence import Sequence, SequenceState
+from leanserve.engine.step_budget import StepBudget
 from leanserve.engine.waiting import WaitingQueue
 
 __all__ = ["Scheduler"]
@@ -16,13 +17,14 @@ __all__ = ["Scheduler"]
 class Scheduler:
     """Continuous batching, first come first served; a priority only shifts when somebody is taken to have come.
 
-    Every step holds one row of each sequence that decodes; `PromptShares` deals the rest of the budget to prompts. A
-    sequence is admitted, in order of arrival, when its whole prompt fits beside the next token of everybody. So:
+    Every step holds one row of each sequence that decodes; `PromptShares` deals the rest of its budget to prompts, and
+    `StepBudget` says how much that is. A sequence is admitted, in order of arrival, when its whole prompt fits beside
+    the next token of everybody. So:
 
     - Nobody is passed but by those more urgent, and while it follows: who would have to compute what an older one is
       just computing is set aside until that is there. Any number of sequences may be in the middle of their prompts.
-    - Who is admitted gets at least one token of that step's budget, and so does everybody else who runs. So there are
-      never more running sequences than tokens in the budget, and each that decodes has a row in every step.
+    - Who is admitted gets at least one token of that step's budget, and so does everybody else who runs. There are
+      never more running sequences than tokens in the smallest budget, so each that decodes has a row in every step.
     - What a prompt still lacks is kept from everybody younger. So the oldest never waits for a page, and is never sent
       away: it ends, and then another is the oldest.
     - When decoding runs out of pages, the last in order gives all of its pages back and waits, to be computed again.
@@ -54,6 +56,8 @@ class Scheduler:
         self._long_prefill_tokens = (
             options.max_batch_tokens // 2 if options.long_prefill_tokens is None else options.long_prefill_tokens
         )
+        self._max_running = min(options.max_sequences, options.max_batch_tokens)
+        self._budget = StepBudget(options)
         self._allocator = PageAllocator(sharding)
         self._reuse = PrefixReuse(self._allocator, sharding.page_tokens, enabled=prefix_cache)
         self._waiting = WaitingQueue()
@@ -150,7 +154,7 @@ class Scheduler:
         self._waiting.rejoin(self._still_follows)
         self._give_way_to_urgent()
         rows = self._decode_rows(grants)
-        shares = PromptShares(self.options.max_batch_tokens - len(rows))
+        shares = PromptShares(self._budget.tokens(len(rows)) - len(rows))
         self._add_running_prompts(shares)
         admitted = self._admit(shares, grants, copies)
         rows += self._prefill_rows(shares, grants)
@@ -170,6 +174,7 @@ class Scheduler:
             (place in the result's tokens, sequence, token) for those that run still, in row order.
         """
         self._completed = (batch.step, step_checksum(result.step, result.token_ids))
+        self._budget.note(sum(row.count for row in batch.rows), result.times.forward_s + result.times.sample_s)
         sampled = zip((row for row in batch.rows if row.samples), result.token_ids, strict=True)
         return [
             (place, self._running[row.sequence_id], token_id)
@@ -234,7 +239,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         room_tokens = needed_pages = 0
         while (sequence := self._waiting.head) is not None and sequence is not self._stuck:
-            if len(self._running) >= self.options.max_sequences:
+            if len(self._running) >= self._max_running:
                 break
             cached = self._reuse.find(sequence)
             wanted_tokens = sequence.num_tokens - len(cached.pages) * self.sharding.page_tokens
@@ -290,7 +295,7 @@ class Scheduler:
         needed_pages = sum(self._missing_pages(s, room_tokens) for s in (*running, head))
         needed_pages += self._allocator.count_idle(cached.pages) - len(cached.pages)
         free_pages = self._allocator.num_free
-        most_running = min(self.options.max_sequences, self.options.max_batch_tokens) - 1
+        most_running = self._max_running - 1
         leaving: list[Sequence] = []
         while (needed_pages > free_pages or len(running) > most_running) and running and _gives_way(running[-1], head):
             leaving.append(running.pop())

@@ -1,8 +1,17 @@
-"""What the KV cache of a loaded engine holds, and what would make it hold more: the banner's lines, in words."""
+"""What an engine's steps and KV cache hold, and what would make the cache hold more: the banner's lines, in words."""
 
+from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.messages import EngineInfo
 
-__all__ = ["describe_cache", "describe_context"]
+__all__ = ["describe_cache", "describe_context", "describe_steps"]
+
+
+def describe_steps(batch: BatchOptions) -> str:
+    """Tokens of one step."""
+    with_streams = f"of up to {batch.max_batch_tokens:,} tokens"
+    if batch.longest_step_tokens == batch.max_batch_tokens:
+        return with_streams
+    return f"{with_streams}, {batch.longest_step_tokens:,} while no stream runs"
 
 
 def describe_cache(info: EngineInfo) -> str:

@@ -19,7 +19,7 @@ from leanserve.bundled import EXAMPLE_PROMPT
 from leanserve.contracts.errors import ConfigError, EngineError
 from leanserve.contracts.messages import EngineInfo
 from leanserve.launch.access import AccessOptions
-from leanserve.launch.capacity import describe_cache, describe_context
+from leanserve.launch.capacity import describe_cache, describe_context, describe_steps
 from leanserve.launch.engine_group import EngineGroup
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
@@ -146,7 +146,7 @@ def serve_until_stopped(options: ServeOptions) -> int:
         pulse_host=os.environ.get(PULSE_HOST_VARIABLE),
     )
     app = create_app(group.client, tokenizer, settings, chat_template, tracing)
-    steps = f"of up to {config.batch.max_batch_tokens:,} tokens"
+    steps = describe_steps(config.batch)
     try:
         return asyncio.run(_serve(group, app, listener, options, console, steps, has_text=tokenizer is not None))
     finally:

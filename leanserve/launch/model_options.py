@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from leanserve.contracts.config import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from leanserve.contracts.config import CPU_BATCH, GPU_BATCH
 from leanserve.contracts.token_counts import parse_tokens
 
 __all__ = [
@@ -147,8 +147,8 @@ MaxBatchTokens = Annotated[
     str,
     typer.Option(
         metavar="N|auto",
-        help=f"Tokens computed in one step, decode and prefill together. auto: {GPU_BATCH_TOKENS}, on the CPU "
-        f"{CPU_BATCH_TOKENS}.",
+        help=f"Tokens computed in one step, decode and prefill together. auto: {GPU_BATCH.max_batch_tokens}; on the "
+        f"CPU {CPU_BATCH.max_batch_tokens}, {CPU_BATCH.longest_step_tokens} while no stream runs.",
         rich_help_panel=BATCHING,
     ),
 ]

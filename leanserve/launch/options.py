@@ -1,14 +1,14 @@
 """What `serve`, `generate`, `bench` and `LLM` have in common: a model, the ranks, and the engine's options."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from leanserve.bundled import bundled_model_dir
 from leanserve.contracts.config import (
-    CPU_BATCH_TOKENS,
-    GPU_BATCH_TOKENS,
+    CPU_BATCH,
+    GPU_BATCH,
     AttentionBackend,
     BatchOptions,
     CacheOptions,
@@ -58,7 +58,8 @@ class LaunchOptions:
     prefix_cache: bool = True
     """Requests that begin alike share pages."""
     max_batch_tokens: int | None = None
-    """Tokens in one step; None: what suits GPUs, or the CPU where none is used."""
+    """Tokens in one step; None: what suits GPUs, or the CPU where none is used: there a step holds more while no stream
+    runs."""
     max_sequences: int = 256
     long_prefill_tokens: int | None = None
     """Longer prompts give way to shorter ones; None: half of max_batch_tokens."""
@@ -85,10 +86,12 @@ class LaunchOptions:
         return count_gpus(self.device)
 
     @property
-    def _batch_tokens(self) -> int:
+    def _batch(self) -> BatchOptions:
         if self.max_batch_tokens is not None:
-            return self.max_batch_tokens
-        return GPU_BATCH_TOKENS if self._gpus[0] else CPU_BATCH_TOKENS
+            steps = BatchOptions(max_batch_tokens=self.max_batch_tokens)
+        else:
+            steps = GPU_BATCH if self._gpus[0] else CPU_BATCH
+        return replace(steps, max_sequences=self.max_sequences, long_prefill_tokens=self.long_prefill_tokens)
 
     def engine_config(self, model_dir: Path) -> EngineConfig:
         """What the ranks must agree on. Looks for GPUs, unless the options leave nothing open."""
@@ -106,10 +109,6 @@ class LaunchOptions:
                 max_context_tokens=self.max_context_tokens,
                 prefix_cache=self.prefix_cache,
             ),
-            batch=BatchOptions(
-                max_batch_tokens=self._batch_tokens,
-                max_sequences=self.max_sequences,
-                long_prefill_tokens=self.long_prefill_tokens,
-            ),
+            batch=self._batch,
             step_timeout_s=self.step_timeout_s,
         )

@@ -22,4 +22,4 @@ def activation_bytes(
     scoring = 4 * SCORED_LOGITS_BYTES  # the logits, their log-softmax, and what topk needs
     page_tables = batch.max_sequences * -(-architecture.max_context_tokens // page_tokens) * 4 * 2
     graphs = batch.max_sequences * token_bytes + logits if captures_graphs else 0
-    return batch.max_batch_tokens * token_bytes + max(logits, scoring) + page_tables + graphs
+    return batch.longest_step_tokens * token_bytes + max(logits, scoring) + page_tables + graphs

@@ -16,24 +16,31 @@ shardings = st.builds(
     page_tokens=st.sampled_from([1, 2, 3, 8]),
     pages_per_rank=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(sum).map(tuple),
 )
-options = st.builds(BatchOptions, max_batch_tokens=st.integers(1, 24), max_sequences=st.integers(1, 6))
+options = st.builds(
+    lambda batch_tokens, more, sequences: BatchOptions(
+        max_batch_tokens=batch_tokens, max_prefill_step_tokens=batch_tokens + more, max_sequences=sequences
+    ),
+    st.integers(1, 24),
+    st.sampled_from([0, 7, 40]),
+    st.integers(1, 6),
+)
 priorities = st.sampled_from([0, -1, 1, 1000])
 arrivals = st.tuples(st.just("submit"), st.integers(1, 30), st.integers(1, 24), priorities, st.booleans())
 forks = st.tuples(
     st.just("fork"), st.integers(0, 40), st.integers(0, 60), st.integers(0, 9), st.integers(1, 24), priorities
 )
 aborts = st.tuples(st.just("abort"), st.integers(0, 40))
-steps = st.tuples(st.just("step"), st.integers(1, 12))
+steps = st.tuples(st.just("step"), st.integers(1, 12), st.sampled_from([0.0, 2.0]))
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["in-turn", "overlapped"])
 def test_every_request_ends_once_with_the_tokens_it_gets_alone(overlap: bool) -> None:
-    steps_seen = 0
+    steps_seen = long_steps_seen = 0
 
     @settings(max_examples=600)
     @given(shardings, options, st.lists(st.one_of(arrivals, forks, steps, aborts), min_size=8, max_size=40))
     def live(sharding: KvSharding, options: BatchOptions, events: list[tuple]) -> None:
-        nonlocal steps_seen
+        nonlocal steps_seen, long_steps_seen
         run = CheckedRun(sharding, options, overlap=overlap)
         for number, event in enumerate(events):
             if event[0] == "submit":
@@ -49,14 +56,17 @@ def test_every_request_ends_once_with_the_tokens_it_gets_alone(overlap: bool) ->
             elif event[0] == "abort":
                 run.abort(f"r{event[1]}")
             else:
-                for _ in range(event[1]):
+                _, num_steps, run.step_s = event
+                for _ in range(num_steps):
                     run.step()
         run.finish(max_steps=20_000)
         steps_seen += run.scheduler.step
+        long_steps_seen += run.long_steps
         fill_every_page(run)
 
     live()
     assert steps_seen >= 10_000
+    assert long_steps_seen >= 100
 
 
 def fill_every_page(run: CheckedRun) -> None:
@@ -67,17 +77,32 @@ def fill_every_page(run: CheckedRun) -> None:
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["in-turn", "overlapped"])
 @pytest.mark.parametrize(
-    ("pages_per_rank", "page_tokens", "max_batch_tokens", "max_sequences"),
-    [((40,), 4, 32, 16), ((9, 0, 14, 11), 4, 16, 16), ((5, 5, 5), 8, 7, 5), ((30, 30), 1, 64, 64)],
-    ids=["one-rank", "uneven-with-an-empty-rank", "budget-7", "page-1"],
+    ("pages_per_rank", "page_tokens", "max_batch_tokens", "max_prefill_step_tokens", "max_sequences"),
+    [
+        ((40,), 4, 32, None, 16),
+        ((9, 0, 14, 11), 4, 16, None, 16),
+        ((5, 5, 5), 8, 7, None, 5),
+        ((30, 30), 1, 64, None, 64),
+        ((30, 30), 1, 9, 60, 64),
+    ],
+    ids=["one-rank", "uneven-with-an-empty-rank", "budget-7", "page-1", "long-steps"],
 )
 def test_a_long_crowded_life(
-    pages_per_rank: tuple[int, ...], page_tokens: int, max_batch_tokens: int, max_sequences: int, overlap: bool
+    pages_per_rank: tuple[int, ...],
+    page_tokens: int,
+    max_batch_tokens: int,
+    max_prefill_step_tokens: int | None,
+    max_sequences: int,
+    overlap: bool,
 ) -> None:
     rng = random.Random(5)
     run = CheckedRun(
         KvSharding(page_tokens=page_tokens, pages_per_rank=pages_per_rank),
-        BatchOptions(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences),
+        BatchOptions(
+            max_batch_tokens=max_batch_tokens,
+            max_prefill_step_tokens=max_prefill_step_tokens,
+            max_sequences=max_sequences,
+        ),
         overlap=overlap,
     )
     number = 0
@@ -107,5 +132,6 @@ def test_a_long_crowded_life(
         run.step()
     run.finish(max_steps=20_000)
     assert run.scheduler.preemptions > 20, "the pool was meant to be too small"
+    assert (run.long_steps > 20) == (max_prefill_step_tokens is not None)
     assert run.executor.shared_tokens > run.executor.computed_tokens / 20, "texts were meant to begin alike"
     fill_every_page(run)

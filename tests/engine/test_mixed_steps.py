@@ -19,15 +19,18 @@ from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.sequence import Sequence
 
 BUDGET = 2048
+ONE_LIMIT = BatchOptions(max_batch_tokens=BUDGET)
+LONG_STEPS = BatchOptions(max_batch_tokens=BUDGET, max_prefill_step_tokens=4 * BUDGET)
+"""Computed in no time, as the fake executors say, they double until they are as long as they may be."""
 
 
 class Clock:
     """An engine with room for everybody. Time is counted in steps; every step's tokens are noted."""
 
-    def __init__(self, options: BatchOptions | None = None) -> None:
+    def __init__(self, options: BatchOptions = ONE_LIMIT) -> None:
         self.executor = EchoExecutor()
         sharding = KvSharding(page_tokens=64, pages_per_rank=(20_000, 20_000))
-        scheduler = Scheduler(sharding, options or BatchOptions(max_batch_tokens=BUDGET), max_context_tokens=2**20)
+        scheduler = Scheduler(sharding, options, max_context_tokens=2**20)
         self.engine = Engine(scheduler, self.executor, [])
         self.now = 0
         self.token_times: dict[str, list[int]] = {}
@@ -74,40 +77,102 @@ CHUNK_S = BUDGET * SECONDS_A_TOKEN
 """What a full step takes."""
 
 
-@pytest.mark.parametrize("into_the_step", [0.001, 0.5, 0.999])
-def test_beside_a_64k_prefill_a_short_request_and_the_streams_wait_for_a_chunk_or_two(into_the_step: float) -> None:
-    """On a clock that a step moves by the tokens it holds. The short request comes while a step is being computed."""
-    clock = Clock()
-    now_s = 0.0
-    token_s: dict[str, list[float]] = {}
+class SecondsClock(Clock):
+    """A step moves it by the tokens it holds."""
 
-    def step() -> float:
-        nonlocal now_s
-        held = len(clock.executor.batches)
-        outputs = clock.engine.step()
-        took_s = SECONDS_A_TOKEN * sum(row.count for batch in clock.executor.batches[held:] for row in batch.rows)
-        now_s += took_s
+    def __init__(self, options: BatchOptions) -> None:
+        super().__init__(options)
+        self.now_s = 0.0
+        self.token_s: dict[str, list[float]] = {}
+
+    def step_s(self) -> float:
+        """Do a step. Returns what it took."""
+        held = len(self.executor.batches)
+        outputs = self.engine.step()
+        took_s = SECONDS_A_TOKEN * sum(row.count for batch in self.executor.batches[held:] for row in batch.rows)
+        self.now_s += took_s
         for output in outputs:
-            token_s.setdefault(output.request_id, []).append(now_s)
+            self.token_s.setdefault(output.request_id, []).append(self.now_s)
         return took_s
 
+    def longest_gap_s(self, request_id: str) -> float:
+        return max(later - sooner for sooner, later in pairwise(self.token_s[request_id]))
+
+
+@pytest.mark.parametrize("options", [ONE_LIMIT, LONG_STEPS], ids=["one-limit", "long-steps"])
+@pytest.mark.parametrize("into_the_step", [0.001, 0.5, 0.999])
+def test_beside_a_64k_prefill_a_short_request_and_the_streams_wait_for_a_chunk_or_two(
+    into_the_step: float, options: BatchOptions
+) -> None:
+    """The short request comes while a step is being computed."""
+    clock = SecondsClock(options)
     for number in range(16):
         clock.submit(number, 10, 1000)
-    step()
+    clock.step_s()
     clock.submit(100, 65_536, 2)
     number = 200
-    while "r100" not in token_s:
-        asked_s = now_s + into_the_step * step()  # the step that runs when it comes
+    while "r100" not in clock.token_s:
+        asked_s = clock.now_s + into_the_step * clock.step_s()  # the step that runs when it comes
         clock.submit(number, 100, 3)
-        if "r100" in token_s:
+        if "r100" in clock.token_s:
             break
-        step()
-        assert token_s[f"r{number}"][0] - asked_s <= 2 * CHUNK_S
+        clock.step_s()
+        assert clock.token_s[f"r{number}"][0] - asked_s <= 2 * CHUNK_S
         number += 1
     assert number > 214, "the prefill was running all the while"
     for streamed in range(16):
-        times = token_s[f"r{streamed}"]
-        assert max(later - sooner for sooner, later in pairwise(times)) <= CHUNK_S + 1e-9
+        assert clock.longest_gap_s(f"r{streamed}") <= CHUNK_S + 1e-9
+
+
+@pytest.mark.parametrize("into_the_step", [0.001, 0.5, 0.999])
+def test_behind_a_lone_prefill_a_short_request_waits_for_two_of_its_longer_steps(into_the_step: float) -> None:
+    """And once it streams, for no more than a chunk."""
+    clock = SecondsClock(LONG_STEPS)
+    clock.submit(100, 2**17, 2)
+    for _ in range(2):
+        clock.step_s()
+    number = 200
+    while "r100" not in clock.token_s:
+        long_step_s = clock.step_s()
+        asked_s = clock.now_s - (1 - into_the_step) * long_step_s
+        if "r100" in clock.token_s:
+            break
+        assert long_step_s == 4 * CHUNK_S, "nobody streams"
+        clock.submit(number, 100, 5)
+        for _ in range(5):
+            clock.step_s()
+        assert clock.token_s[f"r{number}"][0] - asked_s <= 2 * long_step_s
+        assert clock.longest_gap_s(f"r{number}") <= CHUNK_S + 1e-9
+        number += 1
+    assert number == 205, "the prefill was running all the while"
+
+
+def test_steps_are_long_while_nobody_streams_and_short_at_once_when_somebody_does() -> None:
+    clock = Clock(LONG_STEPS)
+    clock.submit(1, 2**17, 9)
+    held = [clock.step() and clock.rows() for _ in range(4)]
+    assert held == [{1: 2048}, {1: 4096}, {1: 8192}, {1: 8192}]
+    clock.submit(2, 100, 4)
+    held = [clock.step() and clock.rows() for _ in range(5)]
+    assert held == [{2: 100, 1: 8092}, *[{2: 1, 1: 2047}] * 3, {1: 8192}]
+
+
+def test_several_long_prompts_share_a_long_step() -> None:
+    clock = Clock(LONG_STEPS)
+    for number in range(1, 4):
+        clock.submit(number, 40_000, 2)
+    clock.step(3)
+    assert clock.rows() == {1: 2730, 2: 2731, 3: 2731}
+
+
+def test_a_long_step_takes_in_no_more_than_streams_have_room_for() -> None:
+    clock = Clock(BatchOptions(max_batch_tokens=8, max_prefill_step_tokens=64))
+    clock.submit(1, 500, 2)
+    clock.step(3)
+    for number in range(2, 20):
+        clock.submit(number, 2, 3)
+    assert len(clock.step().rows) == 8
+    assert [row.count for row in clock.step().rows] == [1] * 8, "each has a row, the long prompt too"
 
 
 def test_long_prompts_advance_together_and_use_the_whole_step() -> None:

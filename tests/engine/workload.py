@@ -6,10 +6,11 @@ from array import array
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from engine.fake_executors import VOCAB_SIZE, ToyModelExecutor, toy_completion
-from leanserve.contracts.batch import Batch, StepResult
+from leanserve.contracts.batch import Batch, StepResult, StepTimes
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.errors import RequestTooLongError
 from leanserve.contracts.kv_sharding import KvSharding
@@ -81,6 +82,10 @@ class CheckedRun:
         """Sequences that have ended with those, or were aborted."""
         self.must_compute: set[int] = set()
         """Sequences that decode: each must have a row in the next batch, or be dropped by it."""
+        self.long_steps = 0
+        """Of more than max_batch_tokens."""
+        self.step_s = 0.0
+        """What a step is said to take."""
 
     def submit(self, request: Submit) -> bool:
         try:
@@ -165,9 +170,13 @@ class CheckedRun:
 
     def launch(self, batch: Batch) -> None:
         """The engine's executor is the toy model, and this run that looks at each batch first."""
-        assert sum(row.count for row in batch.rows) <= self.options.max_batch_tokens
+        tokens = sum(row.count for row in batch.rows)
+        assert tokens <= self.options.longest_step_tokens
         assert len({row.sequence_id for row in batch.rows}) == len(batch.rows)
         streams = self.must_compute - set(batch.dropped)
+        if streams & {row.sequence_id for row in batch.rows}:
+            assert tokens <= self.options.max_batch_tokens, "streams had to wait for a long step"
+        self.long_steps += tokens > self.options.max_batch_tokens
         last_stream = max((i for i, row in enumerate(batch.rows) if row.sequence_id in streams), default=0)
         assert all(row.count == 1 and row.samples for row in batch.rows[:last_stream]), "decode rows come first"
         for new in batch.started:
@@ -195,7 +204,7 @@ class CheckedRun:
         self.must_compute = (self.must_compute - set(batch.dropped) - complete) | sampled
 
     def collect(self) -> StepResult:
-        result = self.executor.collect()
+        result = msgspec.structs.replace(self.executor.collect(), times=StepTimes(forward_s=self.step_s))
         rows = [row for row in self.launched.popleft().rows if row.samples]
         for row, token_id in zip(rows, result.token_ids, strict=True):
             if row.sequence_id not in self.over:

@@ -1,8 +1,9 @@
 import msgspec
 import pytest
 
+from leanserve.contracts.config import CPU_BATCH, GPU_BATCH
 from leanserve.contracts.messages import EngineInfo
-from leanserve.launch.capacity import describe_cache, describe_context
+from leanserve.launch.capacity import describe_cache, describe_context, describe_steps
 
 INFO = EngineInfo(
     architecture="llama",
@@ -43,3 +44,8 @@ def test_the_cache_is_told_in_pages_tokens_and_bytes() -> None:
     )
     uneven = msgspec.structs.replace(INFO, pages_per_rank=(500, 0, 300))
     assert describe_cache(uneven).startswith("0 to 500 pages of 64 tokens per rank, 51,200 tokens in all")
+
+
+def test_steps_are_told_with_and_without_streams() -> None:
+    assert describe_steps(GPU_BATCH) == "of up to 2,048 tokens"
+    assert describe_steps(CPU_BATCH) == "of up to 512 tokens, 2,048 while no stream runs"
