@@ -95,6 +95,9 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     failed: dict[int, str] = {}
     """Sequences that cannot go on, alone, for what their structured outputs ask, and why; a token of theirs in
     token_ids means nothing."""
+    not_finite: set[int] = set()
+    """Sequences that got no token, because their logits are not all finite; what stands in token_ids for it means
+    nothing."""
 
 
 def step_checksum(step: int, token_ids: Sequence[int]) -> int:

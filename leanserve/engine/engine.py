@@ -1,6 +1,7 @@
 """Requests in, tokens out, one step at a time. Knows when a completion ends; not how a token is computed or where
 it goes."""
 
+import logging
 import secrets
 import time
 from collections import deque
@@ -26,6 +27,8 @@ from leanserve.engine.scheduler import Scheduler
 from leanserve.engine.sequence import TOKEN_ID_BYTES, Sequence
 
 __all__ = ["Engine", "Executor"]
+
+logger = logging.getLogger(__name__)
 
 
 class Executor(Protocol):
@@ -199,6 +202,9 @@ class Engine:
             )
         outputs = self._prompt_scores(result)
         for place, sequence, token_id in self._scheduler.complete(batch, result):
+            if sequence.id in result.not_finite:
+                outputs.append(self._give_up(sequence, result.step))
+                continue
             if sequence.id in result.failed:
                 ended = self._end(sequence, "error", result.failed[sequence.id])
                 outputs.append(
@@ -238,6 +244,14 @@ class Engine:
                 sequence.num_scored_tokens = max(sequence.num_scored_tokens, 1) + len(logprobs)
                 outputs.append(TokenOutput(sequence.request_id, [], prompt_logprobs=logprobs))
         return outputs
+
+    def _give_up(self, sequence: Sequence, step: int) -> TokenOutput:
+        """The model gave nothing to draw a token from. What it stored may be wrong as well."""
+        what = "the model gave logits that are not finite (NaN or infinity)"
+        extra = {"event": "logits_not_finite", "request_id": sequence.request_id}
+        logger.error("request %s is failed in step %d: %s", sequence.request_id, step, what, extra=extra)
+        self._scheduler.withdraw(sequence)
+        return self._end(sequence, "error", f"{what} for this request; the checkpoint or its dtype may be at fault")
 
     def _end(
         self,

@@ -147,6 +147,10 @@ class PageAllocator:
         if replaced is not None:
             self._free(replaced)
 
+    def withdraw(self, pages: SequencePages) -> None:
+        """Nobody is to share a sequence's pages any more; who does already goes on."""
+        self._cache.withdraw(pages.numbers)
+
     def release(self, pages: SequencePages) -> None:
         """A sequence holds its pages no more; it may start again from none."""
         num_ranks = len(self._pools)

@@ -154,6 +154,11 @@ class PrefixCache:
         self._parent_of[number] = parent
         return replaced
 
+    def withdraw(self, numbers: Iterable[int]) -> None:
+        """These pages, which are held, may be wrong: they are not found any more."""
+        for number in numbers:
+            self._strike_out(number)
+
     def forget(self, rank: int) -> int:
         """Forget the page of a rank that has been idle longest. Returns it."""
         number, _ = self._idle[rank].popitem(last=False)

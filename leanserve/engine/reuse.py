@@ -129,9 +129,15 @@ class PrefixReuse:
     def leave(self, sequence: Sequence) -> None:
         """A sequence is about to give its pages back."""
         self._stop_leading(sequence)
-        if self._namer is not None:
+        if self._namer is not None and not sequence.is_withdrawn:
             self._publish(sequence, self._namer)
             self._remember_last_page(sequence, self._namer)
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Let nobody find the pages that a sequence holds, those that it took over included, or is to fill."""
+        self._stop_leading(sequence)
+        self._allocator.withdraw(sequence.pages)
+        sequence.is_withdrawn = True
 
     def _publish(self, sequence: Sequence, namer: PageNamer) -> bool:
         """Let others share pages that have become full with tokens that are known. Returns whether there are any."""

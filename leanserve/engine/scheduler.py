@@ -146,6 +146,10 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
 
+    def withdraw(self, sequence: Sequence) -> None:
+        """What a running sequence computed may be wrong: nobody is to find its pages any more."""
+        self._reuse.withdraw(sequence)
+
     def next_batch(self) -> Batch | None:
         """The next step, to be launched now, or None when there is nothing to do or to tell. Costs O(rows + pages
         granted). While a step is in flight, `must_know_tokens` has to be false."""

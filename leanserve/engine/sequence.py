@@ -32,6 +32,7 @@ class Sequence:
         "has_followed",
         "id",
         "is_long",
+        "is_withdrawn",
         "leader",
         "leads",
         "leads_since_step",
@@ -95,6 +96,8 @@ class Sequence:
         """Prompt tokens that were in the cache when it was first admitted; None before that."""
         self.is_long = False
         """Whether it had more to compute than a short prompt when that was last looked at."""
+        self.is_withdrawn = False
+        """Its pages may be wrong, and are not to be found by others."""
         self.order = (arrived_s + sampling.priority * PRIORITY_STEP_S, sequence_id)
         """Who comes first is served first. It never changes, and with a priority it is as if the request had come
         earlier or later: so whoever waits long enough comes before all that are more urgent and newer."""

@@ -7,19 +7,15 @@ dies, live requests wait for the next one and go on where they were.
 import asyncio
 import logging
 import os
-import secrets
 import time
 from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
-import msgspec
-
 from leanserve.contracts.config import EngineConfig
-from leanserve.contracts.errors import EngineError, OverloadedError
+from leanserve.contracts.errors import EngineError
 from leanserve.contracts.messages import (
-    Abort,
     Configure,
     EngineFailed,
     EngineReady,
@@ -33,12 +29,12 @@ from leanserve.contracts.messages import (
     TokenOutput,
     TokenOutputs,
 )
-from leanserve.contracts.sampling import FinishReason, SamplingParams
+from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.current_engine import CurrentEngine, EngineLoad, first_line
 from leanserve.server.engine_socket import EngineSocket
-from leanserve.server.live_requests import TOKEN_ID_BYTES, LiveRequest, LiveRequests
 from leanserve.server.output_stream import OutputStream
 from leanserve.server.rank_health import RankHealth
+from leanserve.server.request_broker import RequestBroker
 from leanserve.server.statistics import RequestStatistics
 
 __all__ = ["EngineClient", "Recovery", "token_bytes"]
@@ -95,7 +91,8 @@ class EngineClient:
         self.engine = CurrentEngine(self._recovery.max_restarts)
         self.statistics = RequestStatistics()
         self.health = RankHealth(step_timeout_s)
-        self.live = LiveRequests()
+        self._broker = RequestBroker(self._socket.send, self.statistics)
+        self.live = self._broker.live
         self._max_queued_tokens = max_queued_tokens
         self._heard_at = time.monotonic()
         self._configuring: asyncio.TimerHandle | None = None
@@ -144,7 +141,7 @@ class EngineClient:
 
     def open_stream(self, *, arrived_at: float | None = None) -> OutputStream:
         """`arrived_at` is when the requests that will be submitted came in, by `time.perf_counter`; None: now."""
-        return OutputStream(self._submit, self._abort, self._max_queued_tokens, arrived_at)
+        return OutputStream(self._submit, self._broker.abort, self._max_queued_tokens, arrived_at)
 
     @property
     def live_requests(self) -> int:
@@ -189,16 +186,7 @@ class EngineClient:
             self._end_live(failure)
             return
         self._heard_at = time.monotonic()
-        culprit = self.live.engine_lost()
-        if culprit is not None:
-            logger.error(
-                "request %s was alone on probation when the engine died: it is failed, and not tried again",
-                culprit.request_id,
-                extra={"event": "request_poisonous", "request_id": culprit.request_id},
-            )
-            culprit.stream.fail(
-                EngineError("the engine died twice while it worked on this request; it is not tried again")
-            )
+        self._broker.engine_lost()
         if not self._recovery.resume:
             self._end_live(failure)
         logger.error(
@@ -223,46 +211,19 @@ class EngineClient:
 
     def _submit(self, stream: OutputStream, request_id: str, prompt_token_ids: bytes, sampling: SamplingParams) -> None:
         self.engine.check_ready()
-        if sampling.seed is None and not sampling.is_greedy:
-            sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
         if not self.live:
             self._heard_at = time.monotonic()
-        times = self.statistics.submitted(stream.arrived_at, len(prompt_token_ids) // TOKEN_ID_BYTES)
-        stream.times[request_id] = times
-        submit = self.live.add(LiveRequest(request_id, prompt_token_ids, sampling, stream, times))
-        if submit is not None and not self._socket.send(submit):
-            self.live.remove(request_id)  # it has just gone, and `lose` has not heard of it yet
-            raise OverloadedError("the engine is not connected; try again soon", retry_after_s=2)
-
-    def _abort(self, request_id: str, reason: FinishReason) -> None:
-        request = self.live.get(request_id)
-        if request is None:
-            return
-        self.statistics.ended(request.times, reason)
-        wire_id = self.live.remove(request_id)
-        if wire_id is not None:
-            self._socket.send(Abort(wire_id))
-            self._resume()
-
-    def _resume(self) -> None:
-        """Give the engine what it may have of the requests that outlived another."""
-        if self.engine.state == "ready":
-            for submit in self.live.to_resume():
-                self._socket.send(submit)
+        self._broker.submit(stream, request_id, prompt_token_ids, sampling)
 
     def _end_live(self, message: str) -> None:
-        requests = list(self.live)
-        for request in requests:
-            self.statistics.ended(request.times, "error")
-            self.live.remove(request.request_id)
-        for stream in {request.stream for request in requests}:
-            stream.fail(EngineError(f"the engine stopped: {first_line(message)}"))
+        self._broker.fail_all(f"the engine stopped: {first_line(message)}")
 
     def on_engine(self, message: FromEngine) -> None:
         self._heard_at = time.monotonic()
         match message:
             case TokenOutputs():
-                self._deliver(message)
+                self.engine.load = EngineLoad.told_by(message)
+                self._broker.deliver(message)
             case Hello():
                 self._welcome()
             case Loading():
@@ -274,7 +235,7 @@ class EngineClient:
                     extra = {"event": "engine_back", "attempt": self.engine.attempt}
                     logger.warning("the engine is back; %d live requests go on", len(self.live), extra=extra)
                 self.engine.note_ready(message.info)
-                self._resume()
+                self._broker.engine_ready()
             case EngineFailed():
                 if message.is_final:
                     logger.error("the engine failed: %s", message.message, extra={"event": "engine_failed"})
@@ -325,25 +286,3 @@ class EngineClient:
             self._configuring = asyncio.get_running_loop().call_later(
                 self.engine.configure_in_s, self._socket.send, configure
             )
-
-    def _deliver(self, message: TokenOutputs) -> None:
-        self.engine.load = EngineLoad.told_by(message)
-        if message.step_report is not None:
-            self.statistics.reported(message.step_report)
-        now = self.statistics.step()
-        for progress in message.prefills:
-            if (told := self.live.at_engine(progress.request_id)) is not None:
-                self.statistics.scheduled(told.times)
-                told.stream.put_progress(msgspec.structs.replace(progress, request_id=told.request_id))
-        for output in message.outputs:
-            received = self.live.receive(output)
-            if received is None:  # aborted while this was on its way
-                continue
-            request, output = received
-            if output.token_ids:
-                self.statistics.delivered(request.times, len(output.token_ids), output.cached_tokens, now)
-            if output.finish_reason is not None:
-                self.statistics.ended(request.times, output.finish_reason)
-            request.stream.put(output)
-        if self.live.on_probation is not None:
-            self._resume()

@@ -5,7 +5,7 @@ The front end binds, the engine connects, so that a later engine may take the pl
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -86,8 +86,7 @@ class EngineSocket:
             self._socket = self._context = None
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            frame = await socket.recv()
+        async for frame in _frames(socket):
             try:
                 message: FromEngine = decode_from_engine(frame)
             except msgspec.MsgspecError:
@@ -97,8 +96,7 @@ class EngineSocket:
             self._listener.on_engine(message)
 
     async def _receive_pulses(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            frame = await socket.recv()
+        async for frame in _frames(socket):
             try:
                 message: FromRank = decode_from_rank(frame)
             except msgspec.MsgspecError:
@@ -113,3 +111,11 @@ class EngineSocket:
 
     def _listen(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._tasks.append(asyncio.create_task(work, name=name))
+
+
+async def _frames(socket: zmq.asyncio.Socket) -> AsyncIterator[bytes]:
+    """What comes, in order. Everybody else on the loop has a turn after each: to receive what is there already does not
+    wait, and in a burst of steps no reader could take its tokens before the stream has too many."""
+    while True:
+        yield await socket.recv()
+        await asyncio.sleep(0)

@@ -14,6 +14,7 @@ __all__ = [
     "BodyTooLargeError",
     "BusyKeyError",
     "DeadlineError",
+    "DeadlyRequestError",
     "ErrorReply",
     "NotFoundError",
     "UnauthorizedError",
@@ -39,6 +40,10 @@ class BodyTooLargeError(RequestError):
 
 class DeadlineError(RequestError):
     """The request did not arrive in time."""
+
+
+class DeadlyRequestError(EngineError):
+    """Engines die of this request."""
 
 
 class UnauthorizedError(RequestError):
@@ -112,6 +117,11 @@ def error_reply(error: Exception) -> ErrorReply:
         case OverloadedError():
             retry = {"Retry-After": str(error.retry_after_s)}
             return ErrorReply(503, str(error), "server_error", code="overloaded", headers=retry)
+        case DeadlyRequestError():
+            # Clients that try again by themselves would bring the engine down again and again.
+            return ErrorReply(
+                500, str(error), "server_error", code="deadly_request", headers={"x-should-retry": "false"}
+            )
         case EngineError():
             return ErrorReply(503, str(error), "server_error", code="engine_unavailable", headers={"Retry-After": "5"})
         case LeanServeError() | _:

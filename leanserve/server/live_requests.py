@@ -1,8 +1,7 @@
-"""The requests that the engine works on, with all that the next engine would need to go on with them."""
+"""The requests that have come and not ended, with all that the next engine would need to go on with them."""
 
 import time
 from array import array
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -30,12 +29,15 @@ class LiveRequest:
     times: RequestTimes
     output_token_ids: "array[int]" = field(default_factory=lambda: array("i"))
     """Every token received so far."""
+    tokens_of_engine: int = 0
+    """How many of them the present engine gave."""
     prompt_rows: int = 0
     """Prompt tokens whose log-probabilities have been received, from any engine ..."""
     prompt_rows_of_engine: int = 0
     """... and from the present one, which computes all of them again."""
     submissions: int = 0
     """How many engines it was given to."""
+    has_ended: bool = False
 
     @property
     def wire_id(self) -> str:
@@ -56,23 +58,12 @@ class LiveRequest:
 
 
 class LiveRequests:
-    """Live requests in order of arrival, and the order in which a new engine gets them.
-
-    An engine that dies may have died of one of its requests. So the next one is given them one by one, the shortest
-    first: each is on probation until its first output, while those before it run on. Whatever was on probation when
-    that engine dies too is to blame, and does not get a third one. To compute them all again takes as many tokens in
-    turn as at once, so this costs little. Requests that arrive meanwhile are handed over behind them, all together.
-    """
+    """Live requests in order of arrival, by their own names, and by those that the present engine has for them."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, LiveRequest] = {}
         self._by_wire_id: dict[str, LiveRequest] = {}
         """Those that the present engine has."""
-        self._suspects: deque[LiveRequest] = deque()
-        """Those that the last engine had, and this one is still to be given."""
-        self._newcomers: list[LiveRequest] = []
-        self.on_probation: LiveRequest | None = None
-        self._tokens_before_probation = 0
         self.prompt_tokens = 0
         """Tokens of all their prompts."""
 
@@ -89,21 +80,26 @@ class LiveRequests:
         """The request that the present engine knows by this name."""
         return self._by_wire_id.get(wire_id)
 
-    def add(self, request: LiveRequest) -> Submit | None:
-        """Take a new request in. Returns what to tell the engine; None: its turn comes later."""
+    def add(self, request: LiveRequest) -> None:
         assert request.request_id not in self._by_id, "request ids are ours and unique"
         self._by_id[request.request_id] = request
         self.prompt_tokens += request.times.prompt_tokens
-        if self.on_probation is not None:  # it must not be taken for the one that is
-            self._newcomers.append(request)
-            return None
-        return self._hand_over(request)
+
+    def hand_over(self, request: LiveRequest) -> Submit:
+        """The present engine gets a request. Returns what to tell it."""
+        request.submissions += 1
+        if request.submissions > 1:
+            request.times.resumed_at += (time.perf_counter(),)
+        request.tokens_of_engine = request.prompt_rows_of_engine = 0
+        self._by_wire_id[request.wire_id] = request
+        return request.as_submit()
 
     def remove(self, request_id: str) -> str | None:
         """Drop a request. Returns its name at the engine; None if the engine does not have it."""
         request = self._by_id.pop(request_id, None)
         if request is None:
             return None
+        request.has_ended = True
         self.prompt_tokens -= request.times.prompt_tokens
         return request.wire_id if self._by_wire_id.pop(request.wire_id, None) is not None else None
 
@@ -113,6 +109,7 @@ class LiveRequests:
         if request is None:
             return None
         request.output_token_ids.extend(output.token_ids)
+        request.tokens_of_engine += len(output.token_ids)
         if output.prompt_logprobs is not None:
             output = msgspec.structs.replace(output, prompt_logprobs=request.new_rows(output.prompt_logprobs))
         if output.finish_reason is not None:
@@ -121,42 +118,12 @@ class LiveRequests:
             output = msgspec.structs.replace(output, request_id=request.request_id)
         return request, output
 
-    def engine_lost(self) -> LiveRequest | None:
-        """The engine died with all it had. Returns the request that it died of, if this is the second time."""
-        culprit, self.on_probation = self.on_probation, None
+    def engine_lost(self) -> list[LiveRequest]:
+        """The engine died. Returns those that it had."""
+        lost = list(self._by_wire_id.values())
         self._by_wire_id.clear()
-        self._newcomers.clear()
         now = time.perf_counter()
         for request in self._by_id.values():
             if request.submissions > 0:
                 request.times.engine_lost_at += (now,)
-        self._suspects = deque(sorted(self, key=lambda r: r.times.prompt_tokens + len(r.output_token_ids)))
-        return culprit if culprit is not None and culprit.request_id in self._by_id else None
-
-    def to_resume(self) -> list[Submit]:
-        """What to tell the engine now: asked when it is ready, and after whatever may have ended a probation."""
-        if self.on_probation is not None and self._is_undecided(self.on_probation):
-            return []
-        while self._suspects:
-            request = self._suspects.popleft()
-            if self._is_live(request):
-                self.on_probation = request
-                self._tokens_before_probation = len(request.output_token_ids)
-                return [self._hand_over(request)]
-        self.on_probation = None
-        newcomers, self._newcomers = self._newcomers, []
-        return [self._hand_over(request) for request in newcomers if self._is_live(request)]
-
-    def _is_live(self, request: LiveRequest) -> bool:
-        return self._by_id.get(request.request_id) is request
-
-    def _is_undecided(self, request: LiveRequest) -> bool:
-        return self._is_live(request) and len(request.output_token_ids) == self._tokens_before_probation
-
-    def _hand_over(self, request: LiveRequest) -> Submit:
-        request.submissions += 1
-        if request.submissions > 1:
-            request.times.resumed_at += (time.perf_counter(),)
-        request.prompt_rows_of_engine = 0
-        self._by_wire_id[request.wire_id] = request
-        return request.as_submit()
+        return lost

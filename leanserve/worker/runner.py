@@ -29,6 +29,9 @@ from leanserve.worker.transfers import Download
 
 __all__ = ["Runner"]
 
+_NOT_FINITE = -1
+"""Instead of a token on its way from rank 0's device to its host: there was nothing to draw from."""
+
 
 @dataclass(frozen=True)
 class _Sampled:
@@ -37,7 +40,7 @@ class _Sampled:
     sequence_ids: list[int]
     sequences: list[LiveSequence]
     tokens_M: Download
-    """int64."""
+    """int64. On rank 0, _NOT_FINITE stands for a token that could not be drawn; every device goes on with 0 there."""
     scores: TokenScores | None = None
     failed: dict[int, str] = field(default_factory=dict)
     """As of StepResult."""
@@ -148,6 +151,10 @@ class Runner:
         launched = self._in_flight.popleft()
         sampled = launched.sampled
         token_ids: list[int] = sampled.tokens_M.wait().tolist()
+        not_finite: set[int] = set()
+        if _NOT_FINITE in token_ids:
+            not_finite = {i for i, t in zip(sampled.sequence_ids, token_ids, strict=True) if t == _NOT_FINITE}
+            token_ids = [max(token_id, 0) for token_id in token_ids]
         for sequence, token_id in zip(sampled.sequences, token_ids, strict=True):
             sequence.append_token(token_id)
         self._checksums = {
@@ -162,6 +169,7 @@ class Runner:
             prompt_logprobs={} if launched.prompt_scores is None else launched.prompt_scores.wait(),
             complete=self._adjustments.accept(sampled.sequence_ids, token_ids),
             failed=sampled.failed,
+            not_finite=not_finite,
         )
 
     def _compute(self, rows: list[Row]) -> tuple[_Sampled, PromptScores | None]:
@@ -247,10 +255,13 @@ class Runner:
             ]
             num_outputs = [draw.index for draw in draws]
             adjusted_MV, failed = self._adjustments.adjust(logits_MV, sequence_ids, num_outputs)
-            tokens_M = self._tell(sample(adjusted_MV, draws), sequences)
+            # One NaN or infinity makes the sum one, and neither is less than infinity.
+            finite_M = logits_MV.sum(dim=-1).abs() < torch.inf
+            tokens_M = self._tell(torch.where(finite_M, sample(adjusted_MV, draws), 0), sequences)
             self._adjustments.count(sequence_ids, tokens_M)
         scores = score_tokens(logits_MV, tokens_M, sequences)
-        return _Sampled(sequence_ids, sequences, Download(tokens_M), scores, failed)
+        drawn_M = torch.where(finite_M, tokens_M, _NOT_FINITE)
+        return _Sampled(sequence_ids, sequences, Download(drawn_M), scores, failed)
 
     def _tell(self, tokens_M: torch.Tensor, sequences: list[LiveSequence]) -> torch.Tensor:
         """Rank 0's tokens on every rank, and where its decode rows find them in the next step."""

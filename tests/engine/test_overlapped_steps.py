@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from engine.fake_executors import EchoExecutor, FailingExecutor, RecordingExecutor
@@ -114,6 +115,30 @@ def test_a_grammar_reads_each_token_before_the_next_step_is_planned(how: str) ->
     assert [output.finish_reason for output in outputs] == [None, None, how]
     assert [batch.checked_step for batch in executor.batches] == [0, 1, 2, 3], "all before it, each time"
     assert [len(batch.rows) for batch in executor.batches] == [1, 1, 1, 0], "no surplus row"
+
+
+class NotFinite(EchoExecutor):
+    """Echoes; the first sequence's second token cannot be drawn."""
+
+    def collect(self) -> StepResult:
+        result = super().collect()
+        return msgspec.structs.replace(result, not_finite={1}) if result.step == 2 else result
+
+
+def test_who_gets_no_token_ends_alone_and_leaves_nothing_to_be_found(caplog: pytest.LogCaptureFixture) -> None:
+    engine = engine_with(NotFinite())
+    for name in ("a", "b"):
+        engine.submit(submit(name, 9, max_tokens=4, cache_salt=name))
+    outputs = run(engine)
+    (end,) = [output for output in outputs if output.request_id == "a" and output.finish_reason]
+    assert (end.token_ids, end.finish_reason, end.error_code) == ([], "error", None)
+    assert "logits that are not finite" in (end.error or "")
+    assert [output.token_ids for output in outputs if output.request_id == "b"] == [[2]] * 4
+    (record,) = caplog.records
+    assert vars(record)["event"] == "logits_not_finite"
+    assert vars(record)["request_id"] == "a"
+    report = engine.report([])
+    assert (report.pages_used_per_rank, sum(report.pages_cached_per_rank)) == ((0, 0), 3), "those of b"
 
 
 def test_a_long_prompt_behind_a_grammar_does_not_wait_for_tokens() -> None:

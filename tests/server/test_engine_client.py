@@ -7,7 +7,7 @@ from array import array
 import pytest
 
 from leanserve.contracts.errors import EngineError, OverloadedError
-from leanserve.contracts.messages import TokenOutput
+from leanserve.contracts.messages import TokenOutput, TokenOutputs, encode
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.engine_client import EngineClient, token_bytes
 from server.echo_engine import engine_info
@@ -208,6 +208,23 @@ def test_a_slow_reader_is_bounded() -> None:
                 await stream.next()
             assert stream.finished
             assert engine.aborts == {"slow": 1}
+
+    run(scenario())
+
+
+def test_a_burst_of_steps_leaves_a_reader_its_turns() -> None:
+    """They may have gathered while the loop was busy: that is no fault of the reader's."""
+
+    async def scenario() -> None:
+        async with connected(max_queued_tokens=50) as (client, engine):
+            stream = client.open_stream()
+            stream.submit("r", token_bytes([engine.stall_token]), ENDLESS)
+            await until(lambda: engine.submits)
+            for number in range(500):  # none of these waits
+                await engine.send_raw(encode(TokenOutputs(number, [TokenOutput("r", [number])], 1, 0, (1,), 0)))
+            received = [token for _ in range(500) if (output := await stream.next()) for token in output.token_ids]
+            assert received == list(range(500))
+            stream.abort()
 
     run(scenario())
 

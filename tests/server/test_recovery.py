@@ -14,8 +14,10 @@ from leanserve.contracts.messages import EngineFailed, Hello, Logprobs, Pulse, T
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.server.current_engine import CurrentEngine
 from leanserve.server.engine_client import EngineClient, Recovery, token_bytes
+from leanserve.server.errors import DeadlyRequestError, error_reply
 from leanserve.server.live_requests import LiveRequest, LiveRequests
 from leanserve.server.output_stream import OutputStream
+from leanserve.server.probation import Probation
 from leanserve.server.rank_health import RankHealth
 from leanserve.server.restart_budget import WINDOW_S, RestartBudget
 from leanserve.server.statistics import RequestTimes
@@ -88,7 +90,7 @@ def test_the_seed_is_drawn_once() -> None:
     run(scenario())
 
 
-def test_a_request_that_kills_two_engines_is_not_given_to_a_third() -> None:
+def test_a_request_that_kills_three_engines_is_not_given_to_a_fourth(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with connected(step_s=0.003, client_options=RECOVERS) as (client, engine):
             others = [asyncio.create_task(tokens_of(client, [5, 6] * n, max_tokens=200)) for n in (1, 2, 9)]
@@ -99,11 +101,33 @@ def test_a_request_that_kills_two_engines_is_not_given_to_a_third() -> None:
                 async with next_engine(client, step_s=0.003):
                     engines += 1
                     await until(lambda: client.engine.state == "restarting" or deadly.done())
-            assert engines == 1
-            with pytest.raises(EngineError, match="died twice while it worked on this request"):
+            assert engines == 2
+            with pytest.raises(DeadlyRequestError, match="died twice while it worked on this request"):
                 await deadly
             async with next_engine(client):
                 assert [len(tokens) for tokens in await asyncio.gather(*others)] == [200] * 3
+
+    run(scenario())
+    events = [event for record in caplog.records if "request" in (event := getattr(record, "event", ""))]
+    assert events == ["request_suspected", "request_poisonous"]
+
+
+def test_a_deadly_request_is_not_to_be_sent_again() -> None:
+    """openai's client, and others, send again what ended with a status like this, if no header says otherwise."""
+    reply = error_reply(DeadlyRequestError("engines die of it"))
+    assert (reply.status, reply.code, reply.headers) == (500, "deadly_request", {"x-should-retry": "false"})
+
+
+def test_newcomers_are_served_while_a_suspect_is_on_probation() -> None:
+    async def scenario() -> None:
+        async with connected(client_options=RECOVERS) as (client, engine):
+            long = asyncio.create_task(tokens_of(client, [engine.stall_token] * 9, max_tokens=3))  # a long prefill
+            await until(lambda: engine.submits)
+            await engine.close()
+            async with next_engine(client) as second:
+                assert await tokens_of(client, [5, 6], max_tokens=3) == [5, 6, 5]
+                second.stall_token = -1
+                assert len(await long) == 3
 
     run(scenario())
 
@@ -185,31 +209,139 @@ def test_a_stream_lives_through_a_restart_with_keep_alives_and_others_are_told_t
     run(scenario())
 
 
-def live_request(name: str, prompt_tokens: int) -> LiveRequest:
-    stream = OutputStream(lambda *_: None, lambda *_: None, 1)
+def live_request(name: str, prompt_tokens: int, stream: OutputStream | None = None) -> LiveRequest:
+    stream = stream or OutputStream(lambda *_: None, lambda *_: None, 1)
     times = RequestTimes(0.0, prompt_tokens)
     return LiveRequest(name, token_bytes([1] * prompt_tokens), SamplingParams(), stream, times)
 
 
-def test_suspects_take_turns_and_newcomers_wait_for_them() -> None:
+class Trials:
+    """Probation of requests at engines that are told what happens, each of another length."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.probation = Probation()
+        self.at_engine = [live_request(str(size), size) for size in sizes]
+
+    def dies(self) -> str | None:
+        """The engine dies, and another comes. Returns whose trial it was."""
+        tried = self.probation.engine_lost(self.at_engine)
+        self.at_engine = []
+        return tried and tried.requests[0].request_id
+
+    def given(self) -> list[str]:
+        going = self.probation.next()
+        self.at_engine += going
+        for request in going:
+            request.tokens_of_engine = 0
+        return [request.request_id for request in going]
+
+    def comes(self, size: int) -> list[str]:
+        """A newcomer. Returns who is given to the engine for it."""
+        newcomer = live_request(str(size), size)
+        if self.probation.lets_in:
+            self.at_engine.append(newcomer)
+            return [newcomer.request_id]
+        self.probation.hold(newcomer)
+        return []
+
+    def passes(self, *sizes: int) -> list[str]:
+        """They have had two tokens. Returns who is given to the engine for it."""
+        for request in self.at_engine:
+            if int(request.request_id) in sizes:
+                request.tokens_of_engine = 2
+        return self.given()
+
+
+def test_suspects_are_tried_in_turn_the_shortest_first_and_newcomers_beside_them() -> None:
+    trials = Trials(30, 2, 9, 1)
+    assert trials.dies() is None, "nobody was on trial"
+    assert trials.given() == ["1"]
+    assert trials.given() == []
+    assert trials.comes(500) == ["500"]
+    assert trials.passes(1) == ["2"]
+    trials.at_engine[-1].tokens_of_engine = 1  # of its prefill
+    assert trials.given() == []
+    trials.at_engine[-1].has_ended = True
+    assert trials.given() == ["9"]
+    assert trials.passes(9) == ["30"]
+    assert not trials.probation.is_over
+    assert trials.passes(30) == []
+    assert trials.probation.is_over
+
+
+def test_who_was_on_trial_when_the_engine_died_is_tried_again_first_and_alone() -> None:
+    trials = Trials(3, 8, 20)
+    trials.dies()
+    assert trials.given() == ["3"]
+    assert trials.passes(3) == ["8"]
+    assert trials.comes(1) == ["1"]
+    assert trials.dies() == "8"
+    assert trials.given() == ["8"]
+    assert trials.comes(5) == []
+    assert trials.passes(8) == ["1", "5"], "newcomers are let in beside the next suspect"
+    assert trials.passes(1) == ["3"]
+    assert trials.passes(3) == ["20"]
+
+
+def test_two_trials_that_end_with_the_engine_are_blamed_on_the_request() -> None:
+    trials = Trials(3)
+    assert [trials.dies(), trials.given()] == [None, ["3"]]
+    assert [trials.dies(), trials.given()] == ["3", ["3"]]
+    trials.comes(4)
+    tried = trials.probation.engine_lost(trials.at_engine)
+    assert tried is not None
+    assert tried.failed_trials == 2
+
+
+def test_a_trial_that_was_passed_leaves_no_stain() -> None:
+    trials = Trials(3)
+    for _ in range(4):  # engines that die of something else
+        trials.dies()
+        assert trials.given() == ["3"]
+        assert trials.dies() == "3"
+        assert trials.given() == ["3"]
+        assert trials.passes(3) == []
+
+
+def test_a_deadly_newcomer_is_not_laid_to_the_suspect_beside_it() -> None:
+    trials = Trials(900)
+    trials.dies()
+    assert trials.given() == ["900"]
+    assert trials.comes(4) == ["4"]
+    assert trials.dies() == "900", "it may have been that one"
+    assert trials.given() == ["900"]
+    assert trials.passes(900) == ["4"]
+    assert trials.dies() == "4"
+    assert trials.given() == ["4"]
+    tried = trials.probation.engine_lost(trials.at_engine)
+    assert tried is not None
+    assert (tried.requests[0].request_id, tried.failed_trials) == ("4", 2)
+
+
+def test_requests_of_one_stream_are_tried_as_one() -> None:
+    probation = Probation()
+    samples = [live_request("one", 4)]
+    samples.append(live_request("two", 4, samples[0].stream))
+    probation.engine_lost([live_request("other", 9), *samples])
+    assert probation.next() == samples
+    samples[0].tokens_of_engine = 2
+    assert probation.next() == []
+    samples[1].has_ended = True
+    assert [request.request_id for request in probation.next()] == ["other"]
+
+
+def test_words_of_a_dead_engine_reach_nobody() -> None:
     live = LiveRequests()
-    for name, size in (("long", 30), ("short", 2), ("gone", 1)):
-        assert live.add(live_request(name, size)) is not None
-    assert live.engine_lost() is None
-    live.remove("gone")
-    assert [submit.request_id for submit in live.to_resume()] == ["short~2"]
-    assert live.to_resume() == []
-    assert live.add(live_request("new", 1)) is None
-    assert live.receive(TokenOutput("short", [4])) is None, "a word of the engine that died"
+    request = live_request("short", 2)
+    live.add(request)
+    assert live.hand_over(request).request_id == "short"
+    assert live.engine_lost() == [request]
+    assert live.hand_over(request).request_id == "short~2"
+    assert live.receive(TokenOutput("short", [4])) is None
     received = live.receive(TokenOutput("short~2", [4]))
     assert received is not None
     assert received[1].request_id == "short"
-    assert [submit.request_id for submit in live.to_resume()] == ["long~2"]
-    assert live.remove("long") == "long~2"
-    assert [submit.request_id for submit in live.to_resume()] == ["new"]
-    assert live.on_probation is None
-    assert live.prompt_tokens == 3
-    assert live.engine_lost() is None, "nobody was on probation"
+    assert (live.remove("short"), live.prompt_tokens) == ("short~2", 0)
 
 
 def test_a_new_engine_waits_longer_each_time_it_does_not_get_to_serve() -> None:
@@ -287,7 +419,9 @@ def test_health_tells_of_trouble() -> None:
 
 def test_outputs_of_a_load_report_are_counted_once() -> None:
     live = LiveRequests()
-    live.add(live_request("a", 3))
+    request = live_request("a", 3)
+    live.add(request)
+    live.hand_over(request)
     message = TokenOutputs(1, [TokenOutput("a", [1, 2], "length")], 0, 0, (0,), 0)
     for output in message.outputs:
         assert live.receive(output) is not None
@@ -301,7 +435,9 @@ def test_log_probabilities_of_a_prompt_are_told_once() -> None:
         return Logprobs(0, chosen, array("i", range(first, last)).tobytes(), b"", b"")
 
     live = LiveRequests()
-    live.add(live_request("a", 11))
+    request = live_request("a", 11)
+    live.add(request)
+    live.hand_over(request)
     told: list[Logprobs] = []
 
     def hear(wire_id: str, first: int, last: int) -> None:
@@ -312,7 +448,7 @@ def test_log_probabilities_of_a_prompt_are_told_once() -> None:
 
     hear("a", 0, 4)
     live.engine_lost()
-    live.to_resume()
+    live.hand_over(request)
     hear("a~2", 0, 3)
     hear("a~2", 3, 7)
     hear("a~2", 7, 10)
