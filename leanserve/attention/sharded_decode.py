@@ -20,7 +20,9 @@ def sharded_decode(
         plan: from `plan_decode`, once per step.
 
     Returns:
-        [B, H, D] float32, bit for bit equal on every rank.
+        [B, H, D] in q's dtype, bit for bit equal on every rank.
     """
-    local = lean_decode(q_BHD, kv, plan, scale=scale)
-    return combine(local, ranks).out
+    # States that will be merged are float32; one that is the whole result is rounded where it is computed.
+    out_dtype = q_BHD.dtype if ranks.size == 1 else torch.float32
+    local = lean_decode(q_BHD, kv, plan, scale=scale, out_dtype=out_dtype)
+    return combine(local, ranks).out.to(q_BHD.dtype)

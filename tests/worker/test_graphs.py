@@ -180,6 +180,10 @@ def test_a_decode_step_leaves_the_host_alone(tmp_path_factory, monkeypatch, num_
     names = [name for name, *_ in tape.launches]
     for operator, launches in (("decode", 2), ("append_kv", 2), ("deal_tiles", 1)):
         assert names.count(f"lean_attention::{operator}") == launches
+    attended = [leaves for name, *leaves in tape.launches if name == "lean_attention::decode"]
+    out_dtypes = {leaf for leaves in attended for leaf in leaves if isinstance(leaf, torch.dtype)}
+    # One rank rounds where it attends, without a launch for it.
+    assert out_dtypes == {torch.bfloat16 if num_ranks == 1 else torch.float32}
 
 
 @pytest.mark.parametrize(
