@@ -46,7 +46,10 @@ from lean_attention.tuning import (
 
 __all__ = ["ARCHITECTURES", "Compiled", "Variant", "compile_all", "variants"]
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
+
+SHARED_BYTES_PER_SM = {"sm_80": 164 << 10, "sm_89": 100 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+"""Of NVIDIA's (CUDA C++ Programming Guide, technical specifications by compute capability)."""
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -84,7 +87,8 @@ class Variant:
                 signature[name] = "constexpr"
                 continue
             signature[name] = self.types.get(name, "i32")
-            if name.endswith("_ptr") or "_stride_" in name:
+            varies = self.kernel.params[index].do_not_specialize
+            if name.endswith("_ptr") or ("_stride_" in name and not varies):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, self.constants, attributes)
         return triton.compile(source, target=target_of(architecture), options=self.launch)
@@ -113,7 +117,9 @@ def target_of(architecture: str) -> GPUTarget:
 
 
 def family_of(architecture: str) -> ArchFamily:
-    return nvidia_family(int(architecture[3:]) // 10) if architecture.startswith("sm_") else "cdna"
+    if not architecture.startswith("sm_"):
+        return "cdna"
+    return nvidia_family(int(architecture[3:]) // 10, SHARED_BYTES_PER_SM[architecture])
 
 
 def _softmax_types(q: str, kv: str, out: str) -> dict[str, str]:
@@ -148,7 +154,7 @@ def _decode(
         "v_scale_ptr": kv == "fp8e4nv",
     }
     constants |= {name: None for name, on in used.items() if not on}
-    options = {"window": window, "sharded": sharded, "softcap": softcap, "sinks": sinks}
+    options = {"window": window, "sharded": sharded, "softcap": softcap, "sinks": sinks, "rounded": out != "fp32"}
     name = _name("decode", head_dim, group, q, kv, page, options)
     launch = decode_launch(tuning.num_warps, tuning.num_stages, tuning.ctas_per_sm, family)
     return Variant(name, decode_kernel, _softmax_types(q, kv, out), constants, launch)
@@ -197,7 +203,8 @@ def _plans() -> Iterator[Variant]:
 
 def _merge(head_dim: int, dtype: str) -> Variant:
     types = {"out_parts_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "lse_parts_ptr": "*fp32", "lse_ptr": "*fp32"}
-    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, merge_constants(head_dim), _launch())
+    constants = dict(merge_constants(head_dim, 32, (32 * head_dim, head_dim)))
+    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, constants, _launch())
 
 
 def _append(kv_heads: int, head_dim: int, new: str, kv: str) -> Variant:
@@ -219,7 +226,7 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
         *(_decode(family, head_dim, 4) for head_dim in (80, 96, 192)),
         *(_decode(family, 256, group) for group in (2, 8)),
         *(_decode(family, head_dim, 8, page=16) for head_dim in (64, 128)),
-        _decode(family, 128, 4, page=128),
+        _decode(family, 128, 4, out="bf16", page=128),
         _decode(family, 128, 32, page=CONTIGUOUS),
         _decode(family, 128, 4, q="fp16", kv="fp16"),
         *(_decode(family, head_dim, 4, q="fp32", kv="fp32") for head_dim in (64, 128)),
