@@ -30,6 +30,16 @@ class CaptureError(Exception):
     """A capture would have failed, or been wrong."""
 
 
+def refuse_waits(name: str, args: tuple[Any, ...], error: type[Exception]) -> None:
+    """Raise `error` for an operator whose call makes the host wait for the device."""
+    if name in WAITS_FOR_THE_DEVICE:
+        raise error(f"{name} waits for the device")
+    if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_") and any(
+        tensor.dtype == torch.bool for tensor in tree_leaves(args[1]) if tensor is not None
+    ):
+        raise error(f"{name} by a mask waits for the device")
+
+
 class Tape(TorchDispatchMode):
     """Records the operators called inside `with`.
 
@@ -46,13 +56,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.name().split(".")[0]
-        if name in WAITS_FOR_THE_DEVICE:
-            raise CaptureError(f"{name} waits for the device")
+        refuse_waits(name, args, CaptureError)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_") and any(
-            tensor.dtype == torch.bool for tensor in tree_leaves(args[1]) if tensor is not None
-        ):
-            raise CaptureError(f"{name} by a mask waits for the device")
         for tensor in tensors:
             if storage_of(tensor) not in self._resident | self._made:
                 raise CaptureError(f"{name} reads a tensor of shape {tuple(tensor.shape)} that the next step has not")
@@ -111,7 +116,7 @@ def launch_argument(leaf: Any) -> Any:
     return (leaf.dtype, tuple(leaf.shape), leaf.stride()) if isinstance(leaf, torch.Tensor) else leaf
 
 
-def storages_of(work: Callable[[], None]) -> set[int]:
+def storages_of(work: Callable[..., Any]) -> set[int]:
     """Storages of all tensors that hang on a function: on what it closes over, on the attributes of that, and so on."""
     found: set[int] = set()
     seen: set[int] = set()

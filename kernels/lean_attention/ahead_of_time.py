@@ -25,7 +25,7 @@ from lean_attention.tuning import interpreting
 
 __all__ = ["ARCHITECTURES", "Compiled", "Variant", "compile_all"]
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Variant:
                 signature[name] = "constexpr"
                 continue
             signature[name] = self.types.get(name, "i32")
-            if name.endswith("_ptr") or "_stride_" in name:
+            varies = self.kernel.params[index].do_not_specialize
+            if name.endswith("_ptr") or ("_stride_" in name and not varies):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, self.constants, attributes)
         return triton.compile(source, target=target_of(architecture), options=self.launch)

@@ -7,6 +7,8 @@ head of one sequence), S states of one load.
 # Triton's kernel language is not Python's to a type checker.
 # pyright: reportCallIssue=false
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,13 +24,18 @@ ROWS_AT_ONCE = 4
 """Rows of a CTA of four warps: 32 registers of each thread for 8 states of 128."""
 
 
-@triton.jit(do_not_specialize=["states", "rows", "heads"])
+@triton.jit(
+    do_not_specialize=[
+        "states", "rows", "heads",
+        "out_stride_n", "out_stride_b", "out_stride_h", "lse_stride_n", "lse_stride_b", "lse_stride_h",
+    ]
+)  # fmt: skip
 def merge_kernel(
     out_parts_ptr, lse_parts_ptr, out_ptr, lse_ptr, states, rows, heads,
     out_stride_n, out_stride_b, out_stride_h, lse_stride_n, lse_stride_b, lse_stride_h,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, S: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """R rows of the merge; states are summed in the order given, S at a time."""
+    """R rows of the merge; states are summed in the order given, S at a time. Strides of out are multiples of ALIGN."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)  # [R]
     b, h = row // heads, row % heads
     s, d = tl.arange(0, S), tl.arange(0, D)
@@ -40,7 +47,9 @@ def merge_kernel(
         there = (row < rows)[:, None] & (n < states)[None, :]  # [R, S]
         lse_rows = b * lse_stride_b + h * lse_stride_h
         lse_RS = tl.load(lse_parts_ptr + lse_rows[:, None] + n[None, :] * lse_stride_n, mask=there, other=float("-inf"))
-        offsets = (b * out_stride_b + h * out_stride_h)[:, None] + n[None, :] * out_stride_n  # [R, S]
+        # Strides go by the batch, so they are not specialised on; this is what a load of several elements must know.
+        out_rows = tl.multiple_of(b * out_stride_b + h * out_stride_h, ALIGN)
+        offsets = out_rows[:, None] + tl.multiple_of(n * out_stride_n, ALIGN)[None, :]  # [R, S]
         read = there[:, :, None] & (d[None, None, :] < HEAD_DIM)
         parts_RSD = tl.load(out_parts_ptr + offsets[:, :, None] + d[None, None, :], mask=read, other=0.0)
         m_new = tl.maximum(m, tl.max(lse_RS, axis=1))
@@ -61,9 +70,13 @@ def merge_kernel(
     tl.store(lse_ptr + row, lse, mask=row < rows)
 
 
-def merge_constants(head_dim: int, *, rows: int = ROWS_AT_ONCE) -> dict[str, int]:
-    """The constexpr arguments of `merge_kernel`."""
-    return {"HEAD_DIM": head_dim, "D": head_block(head_dim), "R": rows, "S": STATES_AT_ONCE}
+def merge_constants(head_dim: int, heads: int, strides: tuple[int, ...], *, rows: int = ROWS_AT_ONCE) -> dict[str, int]:
+    """The constexpr arguments of `merge_kernel`.
+
+    strides: of out, in elements. Those of states that lie side by side are multiples of H or D, whatever N and B.
+    """
+    align = math.gcd(16, heads, *strides)
+    return {"HEAD_DIM": head_dim, "D": head_block(head_dim), "R": rows, "S": STATES_AT_ONCE, "ALIGN": align}
 
 
 def merge_states(out_NBHD: Tensor, lse_NBH: Tensor) -> AttentionState:
@@ -75,9 +88,10 @@ def merge_states(out_NBHD: Tensor, lse_NBH: Tensor) -> AttentionState:
     lse = torch.empty((B, H), dtype=torch.float32, device=out_NBHD.device)
     if B * H > 0:
         # The interpreter's time goes by programs, a GPU's by bytes in flight.
-        constants = merge_constants(D, rows=64 if interpreting() else ROWS_AT_ONCE)
+        strides = out_NBHD.stride()[:3]
+        constants = merge_constants(D, H, strides, rows=64 if interpreting() else ROWS_AT_ONCE)
         merge_kernel[(triton.cdiv(B * H, constants["R"]),)](
-            out_NBHD, lse_NBH, out, lse, N, B * H, H, *out_NBHD.stride()[:3], *lse_NBH.stride(),
+            out_NBHD, lse_NBH, out, lse, N, B * H, H, *strides, *lse_NBH.stride(),
             **constants, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return AttentionState(out, lse)

@@ -14,13 +14,18 @@ import triton
 
 from lean_attention.paged_kv import PagedKV
 
-ArchFamily = Literal["ampere", "hopper", "blackwell", "cdna", "interpreter"]
+ArchFamily = Literal["ampere", "ada", "hopper", "blackwell", "cdna", "interpreter"]
 
 MAX_HEAD_DIM = 256
+
+NVIDIA = ("ampere", "ada", "hopper", "blackwell")
 
 REGISTERS_PER_SM = 1 << 16
 MAX_REGISTERS = 255
 """Of one thread. Both of every NVIDIA GPU from compute capability 8.0 on."""
+
+SERVER_SHARED_BYTES = 164 << 10
+"""Shared memory of one multiprocessor of the smallest server chip (8.0)."""
 
 INTERPRETER_CTAS = 7
 """The grid where there are no multiprocessors: odd, so that runs cross rows."""
@@ -82,11 +87,15 @@ def arch_family(device: torch.device) -> ArchFamily:
         return "interpreter"
     if torch.version.hip:
         return "cdna"
-    return nvidia_family(torch.cuda.get_device_capability(device)[0])
+    properties = torch.cuda.get_device_properties(device)
+    return nvidia_family(properties.major, properties.shared_memory_per_multiprocessor)
 
 
-def nvidia_family(major: int) -> ArchFamily:
-    """The family of compute capability `major`.x. Consumer Blackwell (12.x) has Ampere's instructions and memory."""
+def nvidia_family(major: int, shared_bytes_per_sm: int) -> ArchFamily:
+    """The family of compute capability `major`.x: "ada" is whatever has less shared memory than the server chips (8.6,
+    8.9, 12.x: 100 KB; consumer Blackwell has Ampere's instructions too)."""
+    if shared_bytes_per_sm < SERVER_SHARED_BYTES:
+        return "ada"
     if major == 9:
         return "hopper"
     return "blackwell" if major == 10 else "ampere"
@@ -103,7 +112,7 @@ def dot_precision(q_dtype: torch.dtype, family: ArchFamily) -> str:
     Three TF32 products on the tensor cores are as good as one in float32 to 2^-21; real float32 products ("ieee") have
     no tensor cores and spill registers at head dim 128.
     """
-    return "tf32x3" if q_dtype == torch.float32 and family in ("ampere", "hopper", "blackwell") else "ieee"
+    return "tf32x3" if q_dtype == torch.float32 and family in NVIDIA else "ieee"
 
 
 def decode_launch(num_warps: int, num_stages: int, ctas_per_sm: int, family: ArchFamily) -> dict[str, int | bool]:
@@ -115,7 +124,7 @@ def decode_launch(num_warps: int, num_stages: int, ctas_per_sm: int, family: Arc
     """
     options: dict[str, int | bool] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     registers = REGISTERS_PER_SM // (32 * num_warps * ctas_per_sm) // 8 * 8
-    if family in ("ampere", "hopper", "blackwell") and registers < MAX_REGISTERS:
+    if family in NVIDIA and registers < MAX_REGISTERS:
         options["maxnreg"] = registers
     return options
 
@@ -145,6 +154,21 @@ _DECODE: dict[tuple[int, int], DecodeTuning] = {
     (256, 4): DecodeTuning(tile=16, num_warps=4, num_stages=3, ctas_per_sm=2),
 }
 
+# 100 KB of shared memory a multiprocessor, of which a CTA costs 1 KB more than it uses: two CTAs may have 49 KB each,
+# with a window too, which takes a tile more. Memory is slower here, so 16 to 64 KB in flight do. Where 16 tokens a tile
+# and three stages are too much for two (float32; fp8 at 256 spills at 16), there is one.
+_ADA_DECODE: dict[tuple[int, int], DecodeTuning] = {
+    (64, 1): DecodeTuning(tile=64, num_warps=4, num_stages=4, ctas_per_sm=2),
+    (64, 2): DecodeTuning(tile=64, num_warps=4, num_stages=3, ctas_per_sm=2),
+    (64, 4): DecodeTuning(tile=32, num_warps=4, num_stages=3, ctas_per_sm=1),
+    (128, 1): DecodeTuning(tile=32, num_warps=4, num_stages=4, ctas_per_sm=2),
+    (128, 2): DecodeTuning(tile=32, num_warps=4, num_stages=3, ctas_per_sm=2),
+    (128, 4): DecodeTuning(tile=16, num_warps=4, num_stages=3, ctas_per_sm=1),
+    (256, 1): DecodeTuning(tile=32, num_warps=4, num_stages=3, ctas_per_sm=1),
+    (256, 2): DecodeTuning(tile=16, num_warps=4, num_stages=3, ctas_per_sm=2),
+    (256, 4): DecodeTuning(tile=16, num_warps=4, num_stages=2, ctas_per_sm=1),
+}
+
 _INTERPRETER_DECODE = DecodeTuning(tile=64, num_warps=4, num_stages=1, ctas_per_sm=1, fan_in=4)
 
 # (head block, bytes of a query element) -> tuning. On sm_90 the products are wgmma from 64 rows to a warpgroup on.
@@ -162,6 +186,9 @@ _INTERPRETER_PREFILL = PrefillTuning(rows=256, tile=64, num_warps=4, num_stages=
 # What the tables above would need more than the 99 KB of shared memory (64 KB on CDNA) for.
 _SMALL_PREFILL: dict[tuple[ArchFamily, int, int], PrefillTuning] = {
     ("ampere", 256, 2): PrefillTuning(rows=64, tile=32, num_warps=8, num_stages=2),
+    ("ada", 128, 2): PrefillTuning(rows=128, tile=64, num_warps=8, num_stages=2),  # 114 KB with three and a window
+    ("ada", 256, 2): PrefillTuning(rows=64, tile=32, num_warps=8, num_stages=2),
+    ("ada", 256, 4): PrefillTuning(rows=16, tile=16, num_warps=4, num_stages=1),
     ("cdna", 128, 2): PrefillTuning(rows=128, tile=64, num_warps=8, num_stages=1),
     ("cdna", 256, 2): PrefillTuning(rows=64, tile=32, num_warps=8, num_stages=1),
 }
@@ -171,7 +198,8 @@ def decode_tuning(head_dim: int, kv_dtype: torch.dtype, family: ArchFamily) -> D
     """The decode kernel's row of the table for KV of `kv_dtype`."""
     if family == "interpreter":
         return _INTERPRETER_DECODE
-    tuning = _DECODE[max(64, head_block(head_dim)), kv_dtype.itemsize]
+    table = _ADA_DECODE if family == "ada" else _DECODE
+    tuning = table[max(64, head_block(head_dim)), kv_dtype.itemsize]
     # CDNA's pipeliner keeps tiles in registers and 64 KB of shared memory.
     return replace(tuning, num_stages=2) if family == "cdna" else tuning
 

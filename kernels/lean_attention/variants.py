@@ -33,7 +33,10 @@ from lean_attention.tuning import (
     prefill_tuning,
 )
 
-__all__ = ["main", "variants"]
+__all__ = ["SHARED_BYTES_PER_SM", "family_of", "main", "variants"]
+
+SHARED_BYTES_PER_SM = {"sm_80": 164 << 10, "sm_89": 100 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+"""Of NVIDIA's (CUDA C++ Programming Guide, technical specifications by compute capability)."""
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -48,7 +51,9 @@ CONTIGUOUS = 1 << 30
 
 
 def family_of(architecture: str) -> ArchFamily:
-    return nvidia_family(int(architecture[3:]) // 10) if architecture.startswith("sm_") else "cdna"
+    if not architecture.startswith("sm_"):
+        return "cdna"
+    return nvidia_family(int(architecture[3:]) // 10, SHARED_BYTES_PER_SM[architecture])
 
 
 def _softmax_types(q: str, kv: str, out: str) -> dict[str, str]:
@@ -81,7 +86,7 @@ def _decode(
     positions = window and sharded
     constants |= _absent(window=window, positions_ptr=positions, q_positions_ptr=positions)
     constants |= _absent(softcap=softcap, sinks_ptr=sinks, k_scale_ptr=kv == "fp8e4nv", v_scale_ptr=kv == "fp8e4nv")
-    options = {"window": window, "sharded": sharded, "softcap": softcap, "sinks": sinks}
+    options = {"window": window, "sharded": sharded, "softcap": softcap, "sinks": sinks, "rounded": out != "fp32"}
     name = _name("decode", head_dim, group, q, kv, page, options)
     launch = decode_launch(tuning.num_warps, tuning.num_stages, tuning.ctas_per_sm, family)
     return Variant(name, decode_kernel, _softmax_types(q, kv, out), constants, launch)
@@ -123,7 +128,8 @@ def _plans() -> Iterator[Variant]:
 
 def _merge(head_dim: int, dtype: str) -> Variant:
     types = {"out_parts_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "lse_parts_ptr": "*fp32", "lse_ptr": "*fp32"}
-    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, merge_constants(head_dim), _launch())
+    constants = dict(merge_constants(head_dim, 32, (32 * head_dim, head_dim)))
+    return Variant(f"merge-d{head_dim}-{dtype}", merge_kernel, types, constants, _launch())
 
 
 def _append(kv_heads: int, head_dim: int, new: str, kv: str) -> Variant:
@@ -145,7 +151,7 @@ def variants(architecture: str = "sm_90") -> list[Variant]:
         *(_decode(family, head_dim, 4) for head_dim in (80, 96, 192)),
         *(_decode(family, 256, group) for group in (2, 8)),
         *(_decode(family, head_dim, 8, page=16) for head_dim in (64, 128)),
-        _decode(family, 128, 4, page=128),
+        _decode(family, 128, 4, out="bf16", page=128),
         _decode(family, 128, 32, page=CONTIGUOUS),
         _decode(family, 128, 4, q="fp16", kv="fp16"),
         *(_decode(family, head_dim, 4, q="fp32", kv="fp32") for head_dim in (64, 128)),

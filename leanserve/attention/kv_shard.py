@@ -32,11 +32,9 @@ class KvShard:
             (num_layers, 2, num_pages, num_kv_heads, page_tokens, head_dim), dtype=dtype, device=device
         )
 
-    def copy_pages(self, copies: list[tuple[int, int]]) -> None:
-        """Copy whole pages, (source, target) each: all sources are read before any target is written."""
-        if copies:
-            sources, targets = (list(pages) for pages in zip(*copies, strict=True))
-            self.pool_L2PKTD[:, :, targets] = self.pool_L2PKTD[:, :, sources]
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy whole pages: all sources are read before any target is written. Both int64, on the pool's device."""
+        self.pool_L2PKTD[:, :, targets] = self.pool_L2PKTD[:, :, sources]
 
     def view(
         self,

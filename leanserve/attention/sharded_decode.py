@@ -18,7 +18,9 @@ def sharded_decode(q_BHD: torch.Tensor, kv: PagedKV, plan: DecodePlan, ranks: Ra
         plan: from `plan_decode`, once per step.
 
     Returns:
-        [B, H, D] float32, bit for bit equal on every rank.
+        [B, H, D] in q's dtype, bit for bit equal on every rank.
     """
-    local = lean_decode(q_BHD, kv, plan)
-    return combine(local, ranks, backend=plan.backend).out
+    # States that will be merged are float32; one that is the whole result is rounded where it is computed.
+    out_dtype = q_BHD.dtype if ranks.size == 1 else torch.float32
+    local = lean_decode(q_BHD, kv, plan, out_dtype=out_dtype)
+    return combine(local, ranks, backend=plan.backend).out.to(q_BHD.dtype)

@@ -51,16 +51,16 @@ def sharded_prefill(
         kv: this rank's pages of the B sequences.
 
     Returns:
-        [L, H, D] float32.
+        [L, H, D] in q's dtype.
     """
 
     def attend(q_QHD: torch.Tensor) -> AttentionState:
         return lean_prefill(q_QHD, kv, share.q_offsets, share.positions_Q, window=window, backend=backend)
 
     if ranks.size == 1:
-        return attend(q_LHD).out
+        return attend(q_LHD).out.to(q_LHD.dtype)
     local = attend(_everybodys_queries(q_LHD, share, ranks))
-    return _states_of_mine(local, share, ranks, backend).out
+    return _states_of_mine(local, share, ranks, backend).out.to(q_LHD.dtype)
 
 
 def _everybodys_queries(q_LHD: torch.Tensor, share: PrefillShare, ranks: Ranks) -> torch.Tensor:

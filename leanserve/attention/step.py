@@ -99,5 +99,4 @@ class StepAttention:
             parts.append(
                 sharded_prefill(q_NHD[split:], kv, layout.share, self._ranks, window=window, backend=self._backend)
             )
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.to(q_NHD.dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,5 +1,7 @@
 """From a checkpoint and options to a rank that can execute steps."""
 
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +30,11 @@ from leanserve.worker.device import choose_comm, choose_device, choose_dtype, de
 from leanserve.worker.graphs import CudaCapture, supports_graphs
 from leanserve.worker.memory import kv_budget_bytes, memory_per_rank, num_pages
 from leanserve.worker.runner import Runner
+from leanserve.worker.warm_up import warm_up
 
 __all__ = ["LoadedRank", "load_rank"]
+
+logger = logging.getLogger("leanserve.launch")
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,15 @@ def load_rank(
     config: EngineConfig,
     progress: Callable[[int, int], None],
     capture_progress: Callable[[int, int], None] = lambda done, total: None,
+    warm_up_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadedRank:
-    """Join the group, load the weights, lay out the pool, capture graphs. Every rank calls it with the same config.
+    """Join the group, load the weights, lay out the pool; on a GPU, compile the kernels and capture graphs. Every rank
+    calls it with the same config.
 
     Args:
         progress: told (done, total) bytes of weights.
         capture_progress: told (done, total) CUDA graphs, where there are any.
+        warm_up_progress: told (done, total) steps of `warm_up`, on a GPU.
 
     Raises:
         ConfigError: an option this machine or model cannot meet.
@@ -123,6 +131,8 @@ def load_rank(
         device=device,
     )
     max_context_tokens = _max_context_tokens(config, architecture, sharding)
+    if device.type == "cuda":
+        _warm_up(decoder, shard, ranks, sharding, config, max_context_tokens, attention, warm_up_progress)
     runner = Runner(
         decoder,
         shard,
@@ -158,6 +168,32 @@ def load_rank(
             tokens_of_one_more_rank=0 if shares_memory else min(pages_per_rank) * config.cache.page_tokens,
         ),
     )
+
+
+def _warm_up(
+    decoder: Decoder,
+    shard: KvShard,
+    ranks: Ranks,
+    sharding: KvSharding,
+    config: EngineConfig,
+    max_context_tokens: int,
+    attention: Backend,
+    progress: Callable[[int, int], None],
+) -> None:
+    began_s = time.monotonic()
+    warm_up(
+        decoder,
+        shard,
+        ranks,
+        sharding,
+        max_batch_tokens=config.batch.max_batch_tokens,
+        max_context_tokens=max_context_tokens,
+        backend=attention,
+        progress=progress,
+    )
+    if ranks.rank == 0:
+        took_s = time.monotonic() - began_s
+        logger.info("kernels compiled and tried in %.1f s", took_s, extra={"event": "warmed_up", "seconds": took_s})
 
 
 def _choose_attention(config: EngineConfig, device: torch.device) -> Backend:

@@ -159,6 +159,7 @@ def _serve_engine(
         orders.config,
         lambda done, total: tell(Loading("weights", done, total)),
         lambda done, total: tell(Loading("CUDA graphs", done, total)),
+        lambda done, total: tell(Loading("kernels", done, total)),
     )
     is_spread = place.local_size < place.size
     sender = StepSender(member.context, Path(orders.run_dir), place.size, host=member.host if is_spread else None)

@@ -1,11 +1,11 @@
 """What lies between a layer's matrix products, in one launch each: `layer_ops.LayerOps` as Triton kernels.
 
 At batch 1 a small model's decode step on a GPU takes as long as its kernels take to start, so what counts is how many
-there are. Those of a layer, with its four products, and with attention on one rank (append, decode, cast):
+there are. Those of a layer, with its four products, and with attention on one rank (append, decode):
 
-    Llama, Mistral, Qwen2       11, where PyTorch's operators make 16
-    Qwen3                       11, where they make 18 (19 for several tokens, whose heads it copies first)
-    SmolLM3 without rotation    10, where they make 13
+    Llama, Mistral, Qwen2       10, where PyTorch's operators make 15
+    Qwen3                       10, where they make 17 (18 for several tokens, whose heads it copies first)
+    SmolLM3 without rotation     9, where they make 12
 
 Appending keys and values to their pages stays a launch of attention's own: in one with the rotation it would save one
 more, but the model would have to know pages, or attention rotations.

@@ -16,6 +16,7 @@ from leanserve.contracts.errors import RequestError
 from leanserve.contracts.sampling import SamplingParams
 from leanserve.contracts.structured_outputs import StructuredOutputsParams
 from leanserve.grammars.grammar import compile_grammar
+from leanserve.worker.transfers import upload
 
 __all__ = ["Adjustments"]
 
@@ -109,7 +110,7 @@ class Adjustments:
         if new.sampling.structured_outputs is not None:
             row.matcher = self._compiler.submit(self._compile, new.sampling, outputs.tolist())
             if new.sampling.ignore_eos:
-                row.never_ids = torch.tensor(self._eos_token_ids, dtype=torch.int64, device=self._device)
+                row.never_ids = upload(np.array(self._eos_token_ids, np.int64), self._device)
         return row
 
     def _compile(self, sampling: SamplingParams, output_token_ids: list[int]) -> LLMatcher:
@@ -160,24 +161,24 @@ class _Row:
         """int64: ruled out as long as the grammar allows anything else."""
 
         def ids(token_ids: Iterable[int]) -> torch.Tensor:
-            return torch.tensor([t for t in token_ids if t < vocab_size], dtype=torch.int64, device=device)
+            return upload(np.array([t for t in token_ids if t < vocab_size], np.int64), device)
 
         self._end_ids = ids(end_token_ids)
         bias = {t: value for t, value in (sampling.logit_bias or {}).items() if t < vocab_size}
         self._bias_ids = ids(bias)
-        self._biases = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+        self._biases = upload(np.array(list(bias.values()), np.float32), device)
         self._ruled_out_V: torch.Tensor | None = None
         if sampling.allowed_token_ids is not None:
             self._ruled_out_V = torch.ones(vocab_size, dtype=torch.bool, device=device)
-            self._ruled_out_V[ids(sampling.allowed_token_ids)] = False
+            self._ruled_out_V.index_fill_(0, ids(sampling.allowed_token_ids), False)
         self._counts_V: torch.Tensor | None = None
         self._seen_V: torch.Tensor | None = None
         if _penalizes(sampling):
             counts = np.bincount(outputs, minlength=vocab_size)
-            self._counts_V = torch.from_numpy(counts.astype(np.float32)).to(device)
+            self._counts_V = upload(counts.astype(np.float32), device)
             seen = counts > 0
             seen[prompt] = True
-            self._seen_V = torch.from_numpy(seen).to(device)
+            self._seen_V = upload(seen, device)
             self._one_1 = torch.ones(1, dtype=torch.float32, device=device)
 
     def adjust(self, logits_V: torch.Tensor, num_outputs: int) -> None:
@@ -202,9 +203,9 @@ class _Row:
         if self._ruled_out_V is not None:
             logits_V.masked_fill_(self._ruled_out_V, _RULED_OUT)
         if num_outputs < sampling.min_tokens:
-            logits_V[self._end_ids] = _RULED_OUT
+            logits_V.index_fill_(0, self._end_ids, _RULED_OUT)
         if self.never_ids is not None:
-            logits_V[self.never_ids] = _RULED_OUT
+            logits_V.index_fill_(0, self.never_ids, _RULED_OUT)
         if self.matcher is not None:
             logits_V.masked_fill_(self._forbidden(logits_V), -torch.inf)
 
@@ -233,4 +234,4 @@ class _Row:
         missing = logits_V.shape[0] - len(forbidden)
         if missing > 0:
             forbidden = np.concatenate([forbidden, np.ones(missing, bool)])
-        return torch.from_numpy(forbidden).to(logits_V.device, non_blocking=True)
+        return upload(forbidden, logits_V.device)

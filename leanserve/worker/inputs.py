@@ -218,7 +218,8 @@ def _sequence_pages(
     rows: list[Row], sequences: list[LiveSequence], page_tokens: int, device: torch.device
 ) -> SequencePages:
     widest = max((sequence.num_pages for sequence in sequences), default=0)
-    page_table = np.zeros((len(rows), max(widest, 1)), np.int32)
+    # Two at least: for a table of one page the kernels are compiled once more (tuning.kernel_page_tokens).
+    page_table = np.zeros((len(rows), max(widest, 2)), np.int32)
     page_positions = np.zeros_like(page_table)
     lengths = np.empty(len(rows), np.int32)
     for b, (row, sequence) in enumerate(zip(rows, sequences, strict=True)):

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from llguidance import LLTokenizer
 
@@ -25,7 +26,7 @@ from leanserve.worker.inputs import PrefillSamples, StepInputs, decode_inputs, m
 from leanserve.worker.logprobs import PromptScores, TokenScores, score_prompts, score_tokens
 from leanserve.worker.sampler import Draw, sample
 from leanserve.worker.sequences import LiveSequence, LiveSequences
-from leanserve.worker.transfers import Download
+from leanserve.worker.transfers import Download, upload
 
 __all__ = ["Runner"]
 
@@ -135,7 +136,9 @@ class Runner:
         self._check_past(batch)
         self._launched_step = batch.step
         self._live.apply(batch.dropped, batch.started, batch.grants)
-        self._shard.copy_pages([(copy.source, copy.target) for copy in batch.copies if copy.rank == self._ranks.rank])
+        copies = [(copy.source, copy.target) for copy in batch.copies if copy.rank == self._ranks.rank]
+        if copies:
+            self._shard.copy_pages(*upload(np.array(copies, np.int64).T, self._ranks.device))
         if self._ranks.rank == 0:
             self._adjustments.apply(batch.dropped, batch.started)
         sampled, prompt_scores = self._compute(batch.rows)

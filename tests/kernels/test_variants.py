@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from lean_attention.flash_prefill import prefill_kernel
 from lean_attention.merge import merge_kernel
 from lean_attention.stream_k import decode_kernel
 from lean_attention.stream_k_plan import deal_kernel
-from lean_attention.variants import main, variants
+from lean_attention.tuning import decode_tuning, nvidia_family
+from lean_attention.variants import SHARED_BYTES_PER_SM, family_of, main, variants
 
 TABLE = Path(__file__).parents[2] / "kernels" / "variants.md"
 
@@ -63,6 +65,52 @@ def test_the_committed_table_lists_every_variant(architecture):
     assert rows == names
 
 
+def tightest(architecture: str) -> list[Variant]:
+    """Beside the default list: what takes the most shared memory, for a window takes a tile more."""
+    everything: dict[str, Any] = {"window": True, "sharded": True, "softcap": True}
+    return [
+        variants_module._decode(family_of(architecture), 128, 4, **everything),
+        variants_module._prefill(family_of(architecture), 128, 4, **everything),
+    ]
+
+
+def shared_bytes_needed(variant: Variant, shared_bytes: int, architecture: str) -> int:
+    """Of one multiprocessor: 1 KB a CTA beside what the kernel uses, for as many CTAs as the grid counts on."""
+    ctas = 1
+    if variant.kernel is decode_kernel:
+        dtype = variants_module.DTYPES[variant.types["k_ptr"].removeprefix("*")]
+        ctas = decode_tuning(variant.constants["HEAD_DIM"], dtype, family_of(architecture)).ctas_per_sm
+    return ctas * (shared_bytes + 1024)
+
+
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_90", "sm_100"])
+def test_the_ctas_that_the_grid_counts_on_fit(architecture):
+    rows = re.findall(rf"^\| (\S+) \| {architecture} \| \d+ \| \d+ \| (\d+) \|", TABLE.read_text(), flags=re.MULTILINE)
+    listed = {v.name: v for v in variants(architecture)}
+    assert len(rows) == len(listed)
+    needed = {name: shared_bytes_needed(listed[name], int(shared), architecture) for name, shared in rows}
+    assert {n: b for n, b in needed.items() if b > SHARED_BYTES_PER_SM[architecture]} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_window_fits_into_little_shared_memory():
+    """Compiled here and now, for the smallest memory."""
+    listed = {v.name: v for v in tightest("sm_89")}
+    results = list(compile_all(tightest, ["sm_89"], jobs=1))
+    assert {r.variant: r.error for r in results if r.error} == {}
+    needed = {r.variant: shared_bytes_needed(listed[r.variant], r.shared_bytes, "sm_89") for r in results}
+    assert len(needed) == 2
+    assert {n: b for n, b in needed.items() if b > SHARED_BYTES_PER_SM["sm_89"]} == {}
+
+
+def test_little_shared_memory_makes_a_family_whatever_the_generation():
+    for major, shared_kb, family in (
+        (8, 164, "ampere"), (8, 100, "ada"), (9, 228, "hopper"), (10, 228, "blackwell"), (12, 100, "ada"),
+    ):  # fmt: skip
+        assert nvidia_family(major, shared_kb << 10) == family
+
+
 def test_a_variant_that_fails_is_named_and_fails_the_command(monkeypatch, capsys, tmp_path):
     failed = Compiled("decode-x", "sm_90", 0, 0, 0, 0, 0.1, "CompilationError: no such thing")
     monkeypatch.setattr(variants_module, "compile_all", lambda *_args, **_options: iter([failed]))
@@ -83,7 +131,11 @@ def test_a_variant_that_fails_is_named_and_fails_the_command(monkeypatch, capsys
         ),
         (prefill_kernel, {"batch": 1, "table_width": 16, "window": 1}, {"batch": 16, "table_width": 1, "window": 512}),
         (deal_kernel, {"batch": 1, "num_ctas": 16, "search_steps": 1}, {"batch": 16, "num_ctas": 1, "search_steps": 5}),
-        (merge_kernel, {"states": 1, "heads": 16}, {"states": 8, "heads": 1}),
+        (
+            merge_kernel,
+            {"states": 1, "heads": 16, "out_stride_n": 16, "out_stride_b": 7, "lse_stride_n": 1, "lse_stride_b": 16},
+            {"states": 8, "heads": 1, "out_stride_n": 7, "out_stride_b": 16, "lse_stride_n": 16, "lse_stride_b": 1},
+        ),
     ],
 )
 def test_nothing_that_changes_between_steps_is_specialised_on(kernel, step, other):

@@ -32,6 +32,7 @@ from leanserve.model.architecture import read_architecture
 from leanserve.model.decoder import Decoder
 from leanserve.worker.graphs import CudaCapture, capture_sizes
 from leanserve.worker.runner import Runner
+from mirror_ranks import MirrorRanks
 from triton_interpreter import needs_interpreter
 
 PAGE = 16
@@ -152,19 +153,6 @@ def test_a_taped_step_serves_every_later_one_bit_for_bit(tmp_path_factory, tmp_p
     assert answer["same_launches"], "a step with other rows, lengths and pages launches the same"
 
 
-class MirrorRanks(Ranks):
-    """A group in which everybody says what this rank says, without a process group: shapes as in a real one."""
-
-    def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
-        return torch.stack([mine] * self.size)
-
-    def all_to_all(self, mine: torch.Tensor, send_rows: list[int], receive_rows: list[int]) -> torch.Tensor:
-        return mine.new_zeros((sum(receive_rows), *mine.shape[1:]))
-
-    def broadcast_from_rank_0(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
 @pytest.mark.parametrize(("num_ranks", "split"), [(1, "replicated"), (3, "replicated"), (3, "all")])
 def test_a_decode_step_leaves_the_host_alone(tmp_path_factory, monkeypatch, num_ranks, split):
     """On a device without numbers: reading one, or mixing in one of the host's, is an error. The CPU, where device and
@@ -192,6 +180,10 @@ def test_a_decode_step_leaves_the_host_alone(tmp_path_factory, monkeypatch, num_
     names = [name for name, *_ in tape.launches]
     for operator, launches in (("decode", 2), ("append_kv", 2), ("deal_tiles", 1)):
         assert names.count(f"lean_attention::{operator}") == launches
+    attended = [leaves for name, *leaves in tape.launches if name == "lean_attention::decode"]
+    out_dtypes = {leaf for leaves in attended for leaf in leaves if isinstance(leaf, torch.dtype)}
+    # One rank rounds where it attends, without a launch for it.
+    assert out_dtypes == {torch.bfloat16 if num_ranks == 1 else torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -239,26 +231,27 @@ def test_cuda_graphs_replay_the_bits_of_eager_steps(tmp_path_factory, tmp_path):
 
 @pytest.mark.gpu
 def test_the_host_waits_for_the_device_only_to_collect(tmp_path_factory):
-    """Greedy, drawn and penalized rows, with logprobs: torch raises where a launch of a decode step would wait."""
+    """Prompts and decode rows of every kind: torch raises where a launch would wait. (`test_host_waits` shows the same
+    without a GPU, but for copies that would wait although they look right.)"""
     loaded, config = load(checkpoint(tmp_path_factory, **MODEL), "cuda")
     wishes = [
         SamplingParams(temperature=0, max_tokens=60),
-        SamplingParams(temperature=1.1, seed=1, max_tokens=60, logprobs=3),
+        SamplingParams(temperature=1.1, seed=1, max_tokens=60, logprobs=3, prompt_logprobs=2),
         SamplingParams(temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, seed=2, max_tokens=60),
         SamplingParams(repetition_penalty=1.2, frequency_penalty=0.5, min_tokens=3, seed=3, max_tokens=60),
+        SamplingParams(logit_bias={3: 1.0}, allowed_token_ids=(3, 4, 5), seed=4, max_tokens=60),
     ]
     runner = loaded.runner
     launch, launched = runner.launch, 0
 
     def launch_without_waiting(batch: Batch) -> None:
         nonlocal launched
-        decodes_alone = bool(batch.rows) and all(row.count == 1 for row in batch.rows)
-        torch.cuda.set_sync_debug_mode("error" if decodes_alone else "default")
+        torch.cuda.set_sync_debug_mode("error")
         try:
             launch(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        launched += decodes_alone
+        launched += 1
 
     runner.launch = launch_without_waiting  # type: ignore[method-assign]
     with zmq.Context() as context:

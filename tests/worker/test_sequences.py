@@ -144,6 +144,6 @@ def test_a_sequence_may_start_behind_pages_that_another_filled():
     here, there = layouts
     assert (here.pages_N.tolist(), there.pages_N.tolist()) == ([], [8, 8])
     assert (here.positions_N.tolist(), there.positions_N.tolist()) == ([], [8, 9])
-    assert (here.prefill.page_table_BM.tolist(), there.prefill.page_table_BM.tolist()) == ([[5]], [[7, 8]])
-    assert (here.prefill.page_positions_BM.tolist(), there.prefill.page_positions_BM.tolist()) == ([[0]], [[4, 8]])
+    assert (here.prefill.page_table_BM.tolist(), there.prefill.page_table_BM.tolist()) == ([[5, 0]], [[7, 8]])
+    assert (here.prefill.page_positions_BM.tolist(), there.prefill.page_positions_BM.tolist()) == ([[0, 0]], [[4, 8]])
     assert (here.prefill.lengths_B.tolist(), there.prefill.lengths_B.tolist()) == ([4], [6])
