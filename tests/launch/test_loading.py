@@ -13,7 +13,7 @@ from leanserve.launch.place import Place
 @pytest.mark.parametrize(
     ("max_context_tokens", "kv_memory_bytes", "said"),
     [
-        (9999, 8 << 20, r"9999, but the model's own limit \(max_position_embeddings\) is 4096"),
+        (9999, 8 << 20, r"9999, but the model's own limit \(max_position_embeddings, .*\) is 4096"),
         (4000, 64 << 10, r"4000, but the KV cache of all ranks holds \d+ tokens; raise --kv-memory or --ranks"),
         (None, 1 << 10, "holds no page"),
     ],
