@@ -24,7 +24,7 @@ SHAPES = {
     "llama": {"heads": 6, "kv_heads": 2, "head_dim": 16, "layers": 3},
     "mistral": {"heads": 5, "kv_heads": 5, "head_dim": 24, "window": 9, "hidden": 60, "layers": 2},
     "qwen2": {"heads": 14, "kv_heads": 2, "head_dim": 8, "hidden": 56, "layers": 2},
-    "qwen3": {"heads": 9, "kv_heads": 3, "head_dim": 16, "hidden": 63, "layers": 2, "seed": 1},
+    "qwen3": {"heads": 9, "kv_heads": 3, "head_dim": 16, "hidden": 63, "layers": 2, "seed": 2},
     "smollm3": {"heads": 6, "kv_heads": 2, "head_dim": 32, "tied": True, "layers": 2},
 }
 
