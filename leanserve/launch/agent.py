@@ -15,6 +15,7 @@ from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
 from leanserve.launch.place import NODE_RANK_VARIABLE
 from leanserve.launch.run_dir import RUN_DIR_VARIABLE
+from leanserve.launch.threads import spin_briefly
 from leanserve.server.logs import open_log_of_rank
 
 __all__ = ["WITHOUT_LIMIT", "run_agent"]
@@ -36,6 +37,7 @@ def run_agent(num_ranks: int, nodes: Nodes, *, module: str = "rank", max_restart
     open_log_of_rank()
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's own log; ours says what failed
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stores complain at length when their other end dies
+    spin_briefly(os.environ)
     elastic = logging.getLogger("torch.distributed.elastic")
     elastic.propagate = False
     elastic.addHandler(_FailedRanks())

