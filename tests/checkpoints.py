@@ -19,6 +19,10 @@ import pytest
 import torch
 import transformers
 
+from leanserve.model.architecture import read_architecture
+from leanserve.model.decoder import Decoder
+from leanserve.model.weights import load_weights
+
 NEAR_TIE = 2e-4
 """Two logits closer than this may change places by rounding: float32 is wrong by up to 6e-5 in these models."""
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -123,6 +127,13 @@ def random_prompts(lengths: Sequence[int], *, seed: int = 0, vocab_size: int = V
     """One prompt of random token ids per length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def load_decoder(model_dir: Path, *, dtype: torch.dtype = torch.float32) -> Decoder:
+    """Our Decoder with a checkpoint's weights, whole and on the CPU."""
+    decoder = Decoder(read_architecture(model_dir), dtype=dtype)
+    load_weights(decoder, model_dir)
+    return decoder
 
 
 def hf_model(model_dir: Path) -> transformers.PreTrainedModel:

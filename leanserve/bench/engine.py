@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from leanserve.bench.floor import decode_read_bytes, kv_bytes
-from leanserve.bench.leanserve_ranks import PAGE_TOKENS, run_rank
-from leanserve.bench.machine import Machine, describe_machine, load_average, read_bandwidth
+from leanserve.bench.leanserve_ranks import PAGE_TOKENS
+from leanserve.bench.lineup import line_up
+from leanserve.bench.machine import Machine, describe_machine, describe_others, load_average, read_bandwidth
 from leanserve.bench.random_model import ModelShape, make_checkpoint
-from leanserve.bench.report import PEER, CellReport, EngineReport, Settings, SystemFigures
+from leanserve.bench.report import CellReport, EngineReport, Settings, SystemFigures
 from leanserve.bench.system import System
 from leanserve.bench.task import Cell, DTypeName, Quantity, Task, Timing
-from leanserve.bench.transformers_peer import ATTENTION, run_transformers
+from leanserve.bench.transformers_peer import ATTENTION
 from leanserve.contracts.config import CPU_BATCH
 from leanserve.contracts.errors import EngineError
 from leanserve.launch.threads import available_cores
@@ -25,9 +26,6 @@ from leanserve.model.architecture import Architecture
 from leanserve.worker.memory import available_host_bytes
 
 __all__ = ["Grid", "run_engine_bench"]
-
-BUSY_LOAD = 0.5
-"""A load average above this, before the run, is somebody else's work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ def run_engine_bench(grid: Grid, console: Console) -> EngineReport:
         model_dir.mkdir()
         architecture = make_checkpoint(grid.model, model_dir)
         bytes_per_s = read_bandwidth()
-        systems = [stack.enter_context(system) for system in _systems(grid, threads, model_dir, folder)]
+        systems = [stack.enter_context(system) for system in line_up(grid.ranks, threads, model_dir, folder)]
         cells = [_empty_report(cell, architecture, bytes_per_s, systems) for cell in grid.cells()]
         for cell in cells:
             cell.not_measured = _left_out(cell.cell, grid, architecture)
@@ -108,25 +106,10 @@ def run_engine_bench(grid: Grid, console: Console) -> EngineReport:
 
 def _caveats(machine: Machine, threads: int) -> list[str]:
     """What a reader must know before trusting the figures."""
-    found = []
-    if machine.load_average > BUSY_LOAD:
-        found.append(
-            f"other processes ran on this machine (load {machine.load_average:.1f} on {machine.cores} cores before the "
-            "run): every figure is slower than the machine's own, the limit included, and ratios are less sure"
-        )
+    found = describe_others(machine)
     if threads != machine.cores:
         found.append(f"OMP_NUM_THREADS gave every system {threads} threads of {machine.cores} cores")
     return found
-
-
-def _systems(grid: Grid, threads: int, model_dir: Path, folder: Path) -> list[System]:
-    systems = []
-    for size in grid.ranks:
-        meeting_place = folder / f"ranks-{size}"
-        meeting_place.mkdir()
-        name = f"leanserve {size} rank" + ("s" if size > 1 else "")
-        systems.append(System(name, size, run_rank, size, max(1, threads // size), model_dir, meeting_place))
-    return [*systems, System(PEER, 1, run_transformers, threads, model_dir)]
 
 
 def _empty_report(cell: Cell, architecture: Architecture, bytes_per_s: float, systems: list[System]) -> CellReport:

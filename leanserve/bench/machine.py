@@ -14,12 +14,14 @@ import torch
 from leanserve import __version__
 from leanserve.launch.threads import available_cores
 
-__all__ = ["Machine", "describe_machine", "gpu_read_bandwidth", "load_average", "read_bandwidth"]
+__all__ = ["Machine", "describe_machine", "describe_others", "gpu_read_bandwidth", "load_average", "read_bandwidth"]
 
 READ_BYTES = 512 * 2**20
 """Far more than any cache holds."""
 READ_RUNS = 8
 GPU_READ_BYTES = 4 * 2**30
+BUSY_LOAD = 0.5
+"""A load average above this, before the run, is somebody else's work."""
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +60,16 @@ def describe_machine() -> Machine:
 def load_average() -> float:
     """Processes that ran or wanted to, averaged over the last minute."""
     return round(os.getloadavg()[0], 2)
+
+
+def describe_others(machine: Machine) -> list[str]:
+    """What a reader must know of others' work before the run, if there was any."""
+    if machine.load_average <= BUSY_LOAD:
+        return []
+    seen = f"load {machine.load_average:.1f} on {machine.cores} cores before the run"
+    return [
+        f"other processes ran on this machine ({seen}): every figure is slower than its own, and ratios are less sure"
+    ]
 
 
 def read_bandwidth() -> float:

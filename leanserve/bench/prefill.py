@@ -11,21 +11,17 @@ import torch
 from rich.console import Console
 
 from leanserve.bench.host_cost import measure_host_cost
-from leanserve.bench.leanserve_ranks import run_rank
-from leanserve.bench.machine import describe_machine, load_average
+from leanserve.bench.lineup import line_up
+from leanserve.bench.machine import describe_machine, describe_others, load_average
 from leanserve.bench.prefill_report import Measured, PrefillReport
 from leanserve.bench.random_model import ModelShape, make_checkpoint
 from leanserve.bench.report import PEER
-from leanserve.bench.system import System
 from leanserve.bench.task import Cell, Quantity, Task
-from leanserve.bench.transformers_peer import run_transformers
 from leanserve.bench.waits import measure_waits
 from leanserve.contracts.errors import EngineError
 from leanserve.launch.threads import available_cores
 
 __all__ = ["PrefillGrid", "run_prefill_bench"]
-
-BUSY_LOAD = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +58,9 @@ def run_prefill_bench(grid: PrefillGrid, console: Console) -> PrefillReport:
     machine = describe_machine()
     threads = int(os.environ.get("OMP_NUM_THREADS") or available_cores())
     torch.set_num_threads(threads)
-    report = PrefillReport(benchmark="prefill", machine=machine, threads=threads, model=grid.model)
-    if machine.load_average > BUSY_LOAD:
-        report.caveats.append(
-            f"other processes ran on this machine (load {machine.load_average:.1f} on {machine.cores} cores before the "
-            "run): times are longer than the machine's own, and ratios less sure"
-        )
+    report = PrefillReport(
+        benchmark="prefill", machine=machine, threads=threads, model=grid.model, caveats=describe_others(machine)
+    )
     try:
         console.print("the engine's cost on the host ...")
         report.host_cost = measure_host_cost(grid.host_tokens)
@@ -88,13 +81,7 @@ def _measure_systems(grid: PrefillGrid, threads: int, report: PrefillReport, con
         model_dir = folder / "model"
         model_dir.mkdir()
         make_checkpoint(grid.model, model_dir)
-        systems: list[System] = []
-        for size in grid.ranks:
-            meeting_place = folder / f"ranks-{size}"
-            meeting_place.mkdir()
-            name = f"leanserve {size} rank" + ("s" if size > 1 else "")
-            systems.append(System(name, size, run_rank, size, max(1, threads // size), model_dir, meeting_place))
-        systems.append(System(PEER, 1, run_transformers, threads, model_dir))
+        systems = line_up(grid.ranks, threads, model_dir, folder)
         for system in systems:
             stack.enter_context(system)
         for quantity, tokens, batch in grid.tasks():

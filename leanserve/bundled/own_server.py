@@ -10,8 +10,9 @@ from socket import socket
 from fastapi import FastAPI
 from rich.console import Console
 
+from leanserve.launch.banner import show_loading
 from leanserve.launch.engine_group import EngineGroup
-from leanserve.launch.front_end import BUNDLED_NAME, show_loading
+from leanserve.launch.front_end import BUNDLED_NAME
 from leanserve.launch.options import LaunchOptions
 from leanserve.launch.run_dir import make_run_dir
 from leanserve.server.app import create_app

@@ -1,7 +1,6 @@
 """The process a user starts with `leanserve serve`: HTTP and text here, ranks as children. Imports no torch."""
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -12,14 +11,13 @@ from pathlib import Path
 from fastapi import FastAPI
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from leanserve import __version__
 from leanserve.bundled import EXAMPLE_PROMPT
 from leanserve.contracts.errors import ConfigError, EngineError
-from leanserve.contracts.messages import EngineInfo
 from leanserve.launch.access import AccessOptions
-from leanserve.launch.capacity import describe_cache, describe_context, describe_steps
+from leanserve.launch.banner import describe_engine, open_console, print_banner, show_loading
+from leanserve.launch.capacity import describe_steps
 from leanserve.launch.engine_group import EngineGroup
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
@@ -31,14 +29,14 @@ from leanserve.launch.under_torchrun import AGENT_PID_VARIABLE, PULSE_HOST_VARIA
 from leanserve.model.architecture import read_architecture
 from leanserve.server.app import create_app
 from leanserve.server.chat_template import ChatTemplate
-from leanserve.server.engine_client import EngineClient, Recovery
+from leanserve.server.engine_client import Recovery
 from leanserve.server.http_server import bind_socket, serve_http
 from leanserve.server.logs import LogFormat, LogLevel, open_access_log, open_log
 from leanserve.server.settings import ServerSettings
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.server.tool_calls import ToolFormat
 
-__all__ = ["ServeOptions", "serve_until_stopped", "show_loading"]
+__all__ = ["ServeOptions", "serve_until_stopped"]
 
 logger = logging.getLogger("leanserve.launch")
 
@@ -113,7 +111,7 @@ def serve_until_stopped(options: ServeOptions) -> int:
     open_log(options.log_level, options.log_format)
     if options.nodes.rank > 0:
         return _run_ranks_only(options)
-    console = Console(stderr=True, highlight=False, quiet=options.log_format == "json")
+    console = open_console(quiet=options.log_format == "json")
     settings = options.server_settings()
     if options.access_log is not None:
         open_access_log(options.access_log)
@@ -198,8 +196,8 @@ async def _serve(
         if ready.done():
             example = EXAMPLE_PROMPT if has_text else [1, 2, 3]
             url = _url(listener, options.host)
-            facts = {**_banner(ready.result()), "steps": steps}
-            _print_banner(console, facts, url, example)
+            facts = {**describe_engine(ready.result()), "steps": steps}
+            print_banner(console, facts, url, example)
             extra = {"event": "ready", "url": url, **facts}
             logger.info("ready at %s: %s", url, options.model_name, extra=extra)
             failed = asyncio.create_task(group.client.engine.wait_failed(), name="engine failure")
@@ -223,58 +221,3 @@ async def _serve(
 def _url(listener: socket.socket, host: str) -> str:
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{listener.getsockname()[1]}"
-
-
-async def show_loading(client: EngineClient, console: Console) -> EngineInfo:
-    """Wait for the engine, drawing its progress.
-
-    Raises:
-        EngineError: it could not load.
-    """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    ready = asyncio.ensure_future(client.engine.wait_ready())
-    try:
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("starting ranks", total=None)
-            while not (await asyncio.wait({ready}, timeout=0.1))[0]:
-                if client.engine.loading is not None:
-                    loading = client.engine.loading
-                    progress.update(
-                        task, description=f"loading {loading.stage}", completed=loading.done, total=loading.total
-                    )
-        return ready.result()
-    finally:
-        ready.cancel()
-
-
-def _banner(info: EngineInfo) -> dict[str, str]:
-    """What was built, in words, by name."""
-    return {
-        "ranks": f"{len(info.pages_per_rank)} x {info.device}, {info.dtype}, {info.attention} attention",
-        "weights": info.weights,
-        "KV cache": describe_cache(info),
-        "context": describe_context(info),
-    }
-
-
-def _print_banner(console: Console, banner: dict[str, str], url: str, example: str | list[int]) -> None:
-    body = json.dumps(
-        {"prompt": example, "max_tokens": 32} | ({} if isinstance(example, str) else {"return_token_ids": True})
-    )
-    facts = "\n".join(f"  {name:<10} {value}" for name, value in banner.items())
-    console.print(
-        f"""\
-{escape(facts)}
-  serving    [bold]{url}[/]
-
-Try it:
-  curl {url}/v1/completions -H 'content-type: application/json' \\
-    -d '{body}'
-""",
-        soft_wrap=True,
-    )

@@ -16,11 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from leanserve.contracts.errors import CheckpointError
-from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.checkpoint import find_shards
 from leanserve.model.decoder import Decoder
 
-__all__ = ["Progress", "load_decoder", "load_weights"]
+__all__ = ["Progress", "load_weights"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total), from (0, total) to (total, total)."""
@@ -28,31 +27,6 @@ Progress = Callable[[int, int], None]
 _BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _HEAD = "lm_head.weight"
 _ROTARY_BUFFER = ".rotary_emb.inv_freq"  # old exports hold it; it is computed from config.json
-
-
-def load_decoder(
-    model_dir: Path,
-    *,
-    architecture: Architecture | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-) -> Decoder:
-    """A Decoder with a checkpoint's weights.
-
-    Args:
-        model_dir: a checkpoint directory.
-        architecture: of that directory, where it has been read already.
-        dtype: the weights are converted to it.
-        device: where they go.
-        progress: see Progress.
-
-    Raises:
-        ModelError: the checkpoint cannot be read, is not supported, or does not fit its config.json.
-    """
-    decoder = Decoder(architecture or read_architecture(model_dir), dtype=dtype, device=device)
-    load_weights(decoder, model_dir, progress=progress)
-    return decoder
 
 
 def load_weights(decoder: Decoder, model_dir: Path, *, progress: Progress | None = None) -> None:

@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -26,6 +27,7 @@ __all__ = ["BodyLimit", "ClientLeft", "RequestBoundary", "refuse_unread"]
 logger = logging.getLogger("leanserve.server")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_AUTHORITY = re.compile(rb"https?://[^/]*", re.IGNORECASE)
 _LINGER_S = 1.0
 """A refused body is still read for so long: a client busy sending would lose the answer to a closed connection."""
 
@@ -47,6 +49,7 @@ class RequestBoundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _drop_authority(scope)
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
         facts = scope["leanserve"] = RequestFacts(request_id, time.perf_counter())
@@ -113,6 +116,14 @@ class RequestBoundary:
         else:
             extra["event"] = "request_failed"
             logger.warning("request %s failed and was ended: %s", facts.request_id, facts.failure, extra=extra)
+
+
+def _drop_authority(scope: Scope) -> None:
+    """`GET http://host/path`, as clients write to proxies, asks a server for `/path` (RFC 9112, 3.2.2)."""
+    raw_path: bytes = scope["raw_path"]
+    if authority := _AUTHORITY.match(raw_path):
+        scope["raw_path"] = raw_path[authority.end() :] or b"/"
+        scope["path"] = unquote(scope["raw_path"].decode("ascii"))
 
 
 class ClientLeft(ClientDisconnect):

@@ -99,9 +99,9 @@ class PromptIntake:
         if sampling.structured_outputs is not None:
             await self._check_grammar(sampling.structured_outputs)
         prepared: list[Prompt] = []
-        for token_ids in await self._token_id_lists(prompts, request.adds_special_tokens, sampling, info):
+        for token_ids in await self._token_id_lists(prompts, request, sampling, info):
             if len(token_ids) + sampling.max_tokens > info.max_context_tokens:
-                raise _too_long(f"{len(token_ids)} tokens", len(token_ids), sampling, info)
+                raise _too_long(f"{len(token_ids)} tokens", len(token_ids), request, sampling, info)
             packed = await _pack(token_ids, info.vocab_size)
             prepared.append(Prompt(packed, len(token_ids), list(token_ids[-_CONTEXT_IDS:])))
         self._check_logprobs(prepared, sampling)
@@ -171,7 +171,7 @@ class PromptIntake:
     async def _token_id_lists(
         self,
         prompts: list[str] | list[Sequence[int]],
-        add_special_tokens: bool,
+        request: GenerationRequest,
         sampling: SamplingParams,
         info: EngineInfo,
     ) -> Sequence[Sequence[int]]:
@@ -183,8 +183,8 @@ class PromptIntake:
         for text in texts:
             fewest = min(len(text) // tokenizer.max_token_chars, sampling.truncate_prompt_tokens or len(text))
             if fewest + sampling.max_tokens > info.max_context_tokens:
-                raise _too_long(f"{len(text)} characters, at least {fewest} tokens,", fewest, sampling, info)
-        token_id_lists = await self.encode(texts, add_special_tokens=add_special_tokens)
+                raise _too_long(f"{len(text)} characters, at least {fewest} tokens,", fewest, request, sampling, info)
+        token_id_lists = await self.encode(texts, add_special_tokens=request.adds_special_tokens)
         if not all(token_id_lists):
             raise RequestError("prompt is text without a single token", param="prompt", code="empty_prompt")
         return [token_ids[kept] for token_ids in token_id_lists]
@@ -218,8 +218,18 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> No
         )
 
 
-def _too_long(seen: str, tokens: int, sampling: SamplingParams, info: EngineInfo) -> RequestTooLongError:
+def _too_long(
+    seen: str, tokens: int, request: GenerationRequest, sampling: SamplingParams, info: EngineInfo
+) -> RequestTooLongError:
+    match request.given_max_tokens:
+        case None:
+            wanted = f"max_tokens is left out, so {sampling.max_tokens} must fit after it"
+        case 0:
+            wanted = "max_tokens is 0, for which 1 is computed and not answered"
+        case given:
+            wanted = f"max_tokens is {given}"
+    advice = "shorten the prompt or lower max_tokens" if sampling.max_tokens > 1 else "shorten the prompt"
     return RequestTooLongError(
-        f"the prompt has {seen} and max_tokens is {sampling.max_tokens}: {tokens + sampling.max_tokens} tokens, but "
-        f"the limit is {info.max_context_tokens}; shorten the prompt or lower max_tokens"
+        f"the prompt has {seen} and {wanted}: {tokens + sampling.max_tokens} tokens, but the limit is "
+        f"{info.max_context_tokens}; {advice}"
     )

@@ -98,9 +98,13 @@ class ToolCallParser:
         """No more text comes; returns what was held back."""
         self._deltas = ToolDeltas()
         self.was_cut = self._scanner is not None and self._call_index >= 0
-        if self._scanner is not None and not self.was_cut:  # it never became a call
+        counts = self._parallel or self.num_calls == 0  # or else the call that was begun is dropped as a whole one is
+        if self._scanner is not None and not self.was_cut and counts:  # it never became a call
             self._say(self._scanner.text)
-        rest = self._held.strip(_BETWEEN_CALLS) if self._in_calls else self._held
+        rest = self._held
+        if self._in_calls:
+            said, _, begun = rest.partition(self._begin) if self._begin else (rest, "", "")
+            rest = (said + begun if counts else said).strip(_BETWEEN_CALLS)
         self._scanner, self._held = None, ""
         self._say(rest)
         return self._deltas

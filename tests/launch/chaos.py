@@ -97,7 +97,7 @@ class Refused(Exception):
 
 
 class Blamed(Exception):
-    """Two attacks in a row hit while this request was being worked on, at the second alone."""
+    """Three attacks in a row hit this request, the second and the third in its trials, the third with it alone."""
 
 
 class Chaos:

@@ -1,12 +1,18 @@
 """What `leanserve serve` does between its options and its server."""
 
 import asyncio
+import contextlib
 import gc
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from leanserve.launch.front_end import show_loading
+from leanserve.launch.banner import open_console, print_banner, show_loading
 from server.front_end import connected, run
 
 
@@ -27,3 +33,29 @@ def test_a_start_that_is_given_up_leaves_no_error_behind() -> None:
 
     run(scenario())
     assert not met
+
+
+def closed_pipe() -> int:
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+def full_disk() -> int:
+    if not Path("/dev/full").exists():
+        pytest.skip("only Linux has a device that is always full")
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("broken", [closed_pipe, full_disk])
+def test_a_banner_that_cannot_be_written_ends_nobody(
+    broken: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = os.fdopen(broken(), "w", buffering=1)
+    with pytest.raises(OSError, match=r"pipe|space"):
+        file.write("so it is broken\n")
+    for standard_error in (file, None):  # None: it was closed before the process began
+        monkeypatch.setattr(sys, "stderr", standard_error)
+        print_banner(open_console(), {"ranks": "1"}, "http://127.0.0.1:8000", "The cat")
+    with contextlib.suppress(OSError):  # what it still holds is lost
+        file.close()

@@ -1,10 +1,14 @@
 """What servers tell of themselves, in their own names, and what it adds up to."""
 
+import asyncio
+import tracemalloc
+
 import pytest
 
+from leanserve.loadtest.http_stream import Address
 from leanserve.loadtest.measures import Distribution, Measures, measure
 from leanserve.loadtest.scaling import SPEEDS, ScalingResult, speed_up, write_scaling
-from leanserve.loadtest.scrape import Sample, ServerSamples, read_health, read_metrics
+from leanserve.loadtest.scrape import Sample, Scraper, ServerSamples, read_health, read_metrics
 from leanserve.loadtest.server_view import view_server
 from leanserve.loadtest.slo import Slo
 from leanserve.loadtest.sweep import sweep_of
@@ -69,6 +73,36 @@ def test_health_tells_pages_where_there_are_no_metrics():
     assert read_health(content, 2) == Sample(at_s=2, running=1, waiting=0, kv_per_rank={"0": 4, "1": 5})
     assert read_health(b'{"status": "ok"}', 2) is None
     assert read_health(b"", 2) is None
+
+
+def test_a_page_is_let_go_once_it_is_read():
+    page = "\n".join([f'leanserve:unused{{le="{n}"}} 1' for n in range(4000)]) + f"\n{LEANSERVE}"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(page)}\r\n\r\n{page}".encode())
+        await writer.drain()
+        writer.close()
+
+    async def kept_bytes() -> int:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with server:
+            scraper = Scraper(Address.parse(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+            await scraper.sample()
+            tracemalloc.start()
+            try:
+                for _ in range(20):
+                    await scraper.sample()
+                kept, _ = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+        seen = scraper.samples(origin_ns=0)
+        assert (seen.source, len(seen.samples)) == ("/metrics", 21)
+        assert seen.samples[-1].kv_per_rank == {"0": 30, "1": 10}
+        assert seen.samples[0].at_s < seen.samples[-1].at_s
+        return kept
+
+    assert asyncio.run(kept_bytes()) < 5 * len(page)
 
 
 def test_a_run_is_summed_up_from_its_samples():

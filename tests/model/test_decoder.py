@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints import FAMILIES, checkpoint, hf_greedy, hf_logits, random_prompts
+from checkpoints import FAMILIES, checkpoint, hf_greedy, hf_logits, load_decoder, random_prompts
 from leanserve.model.architecture import Architecture
 from leanserve.model.decoder import Decoder
-from leanserve.model.weights import load_decoder
 
 LOGIT_TOLERANCE = 2e-5  # of their scale, the largest one
 

@@ -3,7 +3,6 @@ TRITON_INTERPRET=1 (tests/kernels/test_interpreted.py runs it so)."""
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,8 @@ from leanserve.model.architecture import read_architecture
 from leanserve.model.decoder import Decoder
 from leanserve.model.rope import Rope, RotaryTable
 from leanserve.model.rope_parameters import RopeParameters
+
+pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -40,15 +41,6 @@ def fused(device: torch.device) -> ModuleType:
     from leanserve.model import fused
 
     return fused
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """What a kernel forgets to write shows."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

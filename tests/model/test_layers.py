@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from checkpoints import checkpoint, hf_logits, random_prompts
+from checkpoints import checkpoint, hf_logits, load_decoder, random_prompts
 from leanserve.model.layers import Linear, rms_norm, swiglu
-from leanserve.model.weights import load_decoder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # of the largest value

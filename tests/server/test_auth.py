@@ -92,7 +92,16 @@ def test_no_trick_with_the_path_the_method_or_the_header_passes() -> None:
                 for method in ("GET", "POST", "OPTIONS", "HEAD"):
                     status = await raw(live, method, target)
                     assert status in (400, 401), (method, target, status)
-            for host_form in (f"http://127.0.0.1:{live.port}/v1/models", "http://x/health/../v1/models"):
+            for host_form in (
+                f"http://127.0.0.1:{live.port}/v1/models",
+                "http://x/health/../v1/models",
+                "http://x/v1/models?/health",
+                "http://health",
+                "http:///health/",
+                "http://x//health",
+                "http%3a//x/health",
+                "/http://x/health",
+            ):
                 assert await raw(live, "GET", host_form) in (400, 401), host_form
             for headers in (
                 "Authorization: Bearer\r\n",

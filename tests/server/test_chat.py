@@ -80,7 +80,9 @@ def test_what_is_left_of_the_context_is_the_default() -> None:
             await live.chat("The cat", stop="zzz")
             submit = live.engine.submits[-1]
             assert submit.sampling.max_tokens == 4096 - len(submit.prompt_token_ids) // 4
-            assert is_error(await live.chat("The cat " * 4000), 400, "context_length_exceeded")
+            refused = await live.chat("The cat " * 4000)
+            assert is_error(refused, 400, "context_length_exceeded")
+            assert "max_tokens is left out, so 1 must fit after it" in refused.json()["error"]["message"]
 
     run(scenario())
 

@@ -324,6 +324,8 @@ def test_limits_are_exact_and_say_numbers() -> None:
                     assert str(number) in error["message"]
             refused = await live.complete(prompt="The cat " * 2000, max_tokens=1)
             assert "16000 characters" in refused.json()["error"]["message"]
+            refused = await live.complete(prompt=[5] * 20, max_tokens=0, echo=True)
+            assert "max_tokens is 0, for which 1 is computed and not answered: 21" in refused.json()["error"]["message"]
             assert len(live.engine.submits) == 1
 
     run(scenario())

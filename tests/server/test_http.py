@@ -345,6 +345,26 @@ def test_what_is_not_http_is_refused_in_our_words(data: bytes) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://any.example:80/v1/models/org%2Fecho?x=http://y/z", 200),
+        ("HTTP://x", 200),
+        ("http://x?y=/ping", 200),
+        ("http://x/v1/none", 404),
+        ("ftp://x/ping", 404),
+    ],
+)
+def test_a_target_may_name_the_host(target: str, status: int) -> None:
+    async def scenario() -> None:
+        async with live_server(None) as live:
+            request = f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode()
+            async with sent(live, request) as (reader, _):
+                assert (await reader.read()).split()[1] == str(status).encode()
+
+    run(scenario())
+
+
 def test_trailers_and_extensions_of_chunks_are_read_over() -> None:
     async def scenario() -> None:
         async with live_server(None) as live:
