@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ GPU_TESTS = (
     "tests/test_exactness.py",
 )
 GRACE_S = 45.0
-"""From the end of a benchmark's own budget, after which it begins nothing new, until it is killed."""
+"""From the end of a benchmark's own budget, after which it begins nothing new, until it is ended."""
+LAST_WORDS_S = 10.0
+"""From the interrupt that ends a part, which pytest answers with what it has found, until it is killed."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,10 @@ def stages(out: Path, *, tiny: bool) -> list[Stage]:
     """What is run; `{budget}` stands for the seconds that a benchmark may take."""
     python = sys.executable
     mark = "not gpu and not slow" if tiny else "gpu"
-    tests = [python, "-m", "pytest", "-q", "-rs", "-m", mark, *([GPU_TESTS[2]] if tiny else GPU_TESTS)]
+    # A line for each test, so that the one that hangs has a name. What a GPU's libraries warn of is shown and fails
+    # nothing: it must not take the place of what the tests find there.
+    how = ["-v", "-rs", "--durations=10", "-W", "default", f"--junitxml={out / 'tests.xml'}"]
+    tests = [python, "-m", "pytest", *how, "-m", mark, *([GPU_TESTS[2]] if tiny else GPU_TESTS)]
     kernels = [
         python,
         "kernels/bench/bench_decode.py",
@@ -70,31 +77,34 @@ def stages(out: Path, *, tiny: bool) -> list[Stage]:
 
 
 def run(stage: Stage, limit_s: float) -> Outcome:
-    """Run it in a process group of its own, which is killed after `limit_s`."""
+    """Run it in a process group of its own, which is interrupted after `limit_s`, and killed soon after."""
     budget = str(max(1.0, round(limit_s - GRACE_S)))
     command = [budget if part == "{budget}" else part for part in stage.command]
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, start_new_session=True, stdin=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)
     try:
         exit_code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         exit_code = None
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS_S)
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # whoever is left of it
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
     return Outcome(stage.name, time.monotonic() - began, exit_code)
 
 
 def summary(outcomes: list[Outcome], out: Path) -> str:
-    """A line for each part, each kernel case and each engine cell that was measured."""
+    """A line for each part, each test that failed, each kernel case and each engine cell that was measured."""
     lines = []
     for outcome in outcomes:
         how = {0: "passed", None: "its time was over"}.get(outcome.exit_code, f"FAILED, exit code {outcome.exit_code}")
         lines.append(f"{outcome.name:<10} {outcome.seconds:6.0f} s  {how}")
+    lines += [f"  FAILED: {name}" for name in failed_tests(out)]
     kernels, engine = _read(out / "kernels" / "result.json"), _read(out / "engine" / "gpu.json")
     if kernels is not None:
         lines += ["", f"kernels: {kernels['about']['device']}, read-only {kernels['about']['read_gbps']} GB/s"]
@@ -121,6 +131,16 @@ def summary(outcomes: list[Outcome], out: Path) -> str:
     return "\n".join(lines)
 
 
+def failed_tests(out: Path) -> list[str]:
+    """Also of a run that was interrupted."""
+    path = out / "tests.xml"
+    if not path.exists():
+        return []
+    cases = ElementTree.parse(path).iter("testcase")
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    return [f"{case.get('classname')}::{case.get('name')}" for case in failed]
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -142,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     text = summary(outcomes, out)
     (out / "summary.txt").write_text(text + "\n")
     print(f"\n{text}")
-    return int(any(outcome.failed for outcome in outcomes))
+    return int(any(outcome.failed for outcome in outcomes) or bool(failed_tests(out)))
 
 
 if __name__ == "__main__":

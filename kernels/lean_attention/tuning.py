@@ -142,21 +142,31 @@ def device_ctas(device: torch.device, ctas_per_sm: int) -> int:
 #   (64, 2)   tile 64: 168 registers, so 3 CTAs; tile 128 needs 255 and spills with a window
 #   (128, 2)  tile 64: 250 registers, 2 CTAs of 70 KB; 289 instructions a tile of 32 KB, a fifth of the time HBM takes
 #   (128, 4)  the products of float32 are three of TF32 (see dot_precision); as "ieee" they spill 296 bytes
+#   (256, 4)  4 warps spill 128 bytes, 8 spill 24
+# As many CTAs as a row says fit into the multiprocessor's shared memory with a window too, which takes a tile more.
 _DECODE: dict[tuple[int, int], DecodeTuning] = {
     (64, 1): DecodeTuning(tile=128, num_warps=4, num_stages=4, ctas_per_sm=2),
     (64, 2): DecodeTuning(tile=64, num_warps=4, num_stages=4, ctas_per_sm=3),
     (64, 4): DecodeTuning(tile=32, num_warps=4, num_stages=4, ctas_per_sm=2),
     (128, 1): DecodeTuning(tile=64, num_warps=4, num_stages=4, ctas_per_sm=2),
     (128, 2): DecodeTuning(tile=64, num_warps=4, num_stages=3, ctas_per_sm=2),
-    (128, 4): DecodeTuning(tile=32, num_warps=4, num_stages=3, ctas_per_sm=2),
+    (128, 4): DecodeTuning(tile=16, num_warps=4, num_stages=4, ctas_per_sm=2),
     (256, 1): DecodeTuning(tile=32, num_warps=4, num_stages=4, ctas_per_sm=2),
     (256, 2): DecodeTuning(tile=32, num_warps=4, num_stages=3, ctas_per_sm=2),
-    (256, 4): DecodeTuning(tile=16, num_warps=4, num_stages=3, ctas_per_sm=2),
+    (256, 4): DecodeTuning(tile=16, num_warps=8, num_stages=3, ctas_per_sm=1),
 }
 
-# 100 KB of shared memory a multiprocessor, of which a CTA costs 1 KB more than it uses: two CTAs may have 49 KB each,
-# with a window too, which takes a tile more. Memory is slower here, so 16 to 64 KB in flight do. Where 16 tokens a tile
-# and three stages are too much for two (float32; fp8 at 256 spills at 16), there is one.
+# 164 KB of shared memory a multiprocessor, less than Hopper's 228.
+_AMPERE_DECODE = _DECODE | {
+    (64, 2): DecodeTuning(tile=64, num_warps=4, num_stages=3, ctas_per_sm=3),
+    (128, 2): DecodeTuning(tile=32, num_warps=4, num_stages=3, ctas_per_sm=3),
+    (128, 4): DecodeTuning(tile=16, num_warps=4, num_stages=3, ctas_per_sm=2),
+    (256, 2): DecodeTuning(tile=16, num_warps=4, num_stages=4, ctas_per_sm=2),
+}
+
+# 100 KB of shared memory a multiprocessor, of which a CTA costs 1 KB more than it uses: two CTAs may have 49 KB each.
+# Memory is slower here, so 16 to 64 KB in flight do. Where 16 tokens a tile and three stages are too much for two
+# (float32; fp8 at 256 spills at 16), there is one.
 _ADA_DECODE: dict[tuple[int, int], DecodeTuning] = {
     (64, 1): DecodeTuning(tile=64, num_warps=4, num_stages=4, ctas_per_sm=2),
     (64, 2): DecodeTuning(tile=64, num_warps=4, num_stages=3, ctas_per_sm=2),
@@ -166,8 +176,10 @@ _ADA_DECODE: dict[tuple[int, int], DecodeTuning] = {
     (128, 4): DecodeTuning(tile=16, num_warps=4, num_stages=3, ctas_per_sm=1),
     (256, 1): DecodeTuning(tile=32, num_warps=4, num_stages=3, ctas_per_sm=1),
     (256, 2): DecodeTuning(tile=16, num_warps=4, num_stages=3, ctas_per_sm=2),
-    (256, 4): DecodeTuning(tile=16, num_warps=4, num_stages=2, ctas_per_sm=1),
+    (256, 4): DecodeTuning(tile=16, num_warps=8, num_stages=2, ctas_per_sm=1),
 }
+
+_SMALL_DECODE = {"ampere": _AMPERE_DECODE, "ada": _ADA_DECODE}
 
 _INTERPRETER_DECODE = DecodeTuning(tile=64, num_warps=4, num_stages=1, ctas_per_sm=1, fan_in=4)
 
@@ -198,8 +210,7 @@ def decode_tuning(head_dim: int, kv_dtype: torch.dtype, family: ArchFamily) -> D
     """The decode kernel's row of the table for KV of `kv_dtype`."""
     if family == "interpreter":
         return _INTERPRETER_DECODE
-    table = _ADA_DECODE if family == "ada" else _DECODE
-    tuning = table[max(64, head_block(head_dim)), kv_dtype.itemsize]
+    tuning = _SMALL_DECODE.get(family, _DECODE)[max(64, head_block(head_dim)), kv_dtype.itemsize]
     # CDNA's pipeliner keeps tiles in registers and 64 KB of shared memory.
     return replace(tuning, num_stages=2) if family == "cdna" else tuning
 

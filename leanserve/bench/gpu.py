@@ -79,7 +79,7 @@ class _Bench:
     folder: Path
 
     def config(self, mode: _Mode) -> EngineConfig:
-        """Pools that hold the largest cell, steps that admit any cell at once."""
+        """Pools that hold the largest cell."""
         pages = max(batch * (-(-(context + MAX_STEPS + 2) // PAGE_TOKENS)) for context, batch in self.cells)
         page_bytes = self.architecture.kv_bytes_per_token(self.dtype.itemsize) * PAGE_TOKENS
         return EngineConfig(
@@ -89,10 +89,7 @@ class _Bench:
             enforce_eager=mode.eager,
             fused_kernels=mode.fused,
             cache=CacheOptions(page_tokens=PAGE_TOKENS, kv_memory_bytes=pages * page_bytes),
-            batch=BatchOptions(
-                max_batch_tokens=max(context * batch for context, batch in self.cells),
-                max_sequences=max(batch for _, batch in self.cells),
-            ),
+            batch=BatchOptions(max_sequences=max(batch for _, batch in self.cells)),
         )
 
 

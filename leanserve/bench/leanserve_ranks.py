@@ -87,7 +87,7 @@ def run_rank(
 
 
 def _config(task: Task, size: int, model_dir: Path, device: Device) -> EngineConfig:
-    """Pools that just hold the task. Steps as long as a server's or, to decode, one that admits the whole batch."""
+    """Pools that just hold the task, and a server's steps."""
     cell = task.cell
     dtype_bytes = getattr(torch, cell.dtype).itemsize
     page_bytes = read_architecture(model_dir).kv_bytes_per_token(dtype_bytes) * PAGE_TOKENS
@@ -103,14 +103,8 @@ def _config(task: Task, size: int, model_dir: Path, device: Device) -> EngineCon
             kv_memory_bytes=pages_per_rank * page_bytes,
             prefix_cache=task.quantity != "unshared prefix",
         ),
-        batch=_batch(task, device),
+        batch=CPU_BATCH if device == "cpu" else GPU_BATCH,
     )
-
-
-def _batch(task: Task, device: Device) -> BatchOptions:
-    if task.quantity == "decode":
-        return BatchOptions(max_batch_tokens=task.cell.batch * task.cell.context_tokens)
-    return CPU_BATCH if device == "cpu" else GPU_BATCH
 
 
 def _submit(engine: Engine, prompts: torch.Tensor, max_tokens: int) -> None:
@@ -184,9 +178,11 @@ def _decode(loaded: LoadedRank, config: EngineConfig, sender: StepSender, task: 
 def engine_on_filled_cache(loaded: LoadedRank, config: EngineConfig, sender: StepSender) -> Engine:
     """An engine that takes whatever lies in a prompt's pages for its keys and values.
 
-    Of the prompt itself only the last token is computed, everything after it as ever.
+    Of the prompt itself only the last token is computed, everything after it as ever. So one step admits whatever the
+    pool holds, while the rank was made, and on a GPU warmed up, for the steps of `config`.
     """
-    scheduler = Scheduler(loaded.sharding, config.batch, loaded.info.max_context_tokens)
+    whole_pool = BatchOptions(max_batch_tokens=loaded.sharding.total_tokens, max_sequences=config.batch.max_sequences)
+    scheduler = Scheduler(loaded.sharding, whole_pool, loaded.info.max_context_tokens)
     return Engine(scheduler, _LastTokens(loaded.runner, sender), (), overlap=loaded.info.captures_graphs)
 
 

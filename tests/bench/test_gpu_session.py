@@ -41,6 +41,45 @@ def test_a_part_that_takes_too_long_is_ended_with_its_children(session, tmp_path
     assert "its time was over" in session.summary([outcome], tmp_path)
 
 
+def test_tests_that_are_cut_short_say_which_failed(session, tmp_path, monkeypatch, capsys):
+    """pytest answers the interrupt with what it found. The fifo tells that it has come so far."""
+    fifo = tmp_path / "slow"
+    os.mkfifo(fifo)
+    tests = tmp_path / "test_cut.py"
+    tests.write_text(f"""
+def test_bad():
+    assert 1 == 2, "this is why"
+
+def test_slow():
+    open({str(fifo)!r}, "w").close()
+    __import__("time").sleep(600)
+""")
+    command = next(stage.command for stage in session.stages(tmp_path, tiny=True) if stage.name == "tests")
+    at_mark = command.index("-m", 3)
+    alone = [*command[:at_mark], "-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider", str(tests)]
+
+    class Until(session.subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout == 600.0:
+                os.close(os.open(fifo, os.O_RDONLY))  # when test_slow has begun
+                timeout = 0.0
+            return super().wait(timeout)
+
+    monkeypatch.setattr(session.subprocess, "Popen", Until)
+    outcome = session.run(session.Stage("tests", alone, 1.0), 600.0)
+    assert outcome.exit_code is None
+    assert "FAILED: test_cut::test_bad" in session.summary([outcome], tmp_path)
+    monkeypatch.setattr(session, "stages", lambda out, tiny: [])
+    assert session.main(["--out", str(tmp_path)]) == 1, "an interrupted part has not passed"
+
+
+def test_packages_that_the_caller_put_on_the_path_stay_there(session, tmp_path, monkeypatch):
+    (tmp_path / "carried.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    importing = [sys.executable, "-c", "import carried, leanserve, lean_attention"]
+    assert session.run(session.Stage("imports", importing, 1.0), 60.0).exit_code == 0
+
+
 def test_a_part_that_fails_fails_the_command(session, tmp_path, monkeypatch, capsys):
     said = tmp_path / "budget"
     good = [sys.executable, "-c", f"import sys; open({str(said)!r}, 'w').write(sys.argv[1])", "{budget}"]

@@ -46,19 +46,30 @@ contenders.CPU_CONTENDERS["broken"] = broken
     assert "lean over SDPA" in finished.stdout.splitlines()[-1]
 
 
-def test_a_wrong_result_shuts_the_gate(tmp_path):
-    spoil = """
+@pytest.mark.parametrize(("error", "timed"), [("1e-3", {"bfloat16"}), ("1.0", set())])
+def test_a_wrong_result_shuts_the_gate_for_its_dtype_and_a_failure_costs_its_own_rows(error, timed, tmp_path):
+    spoil = f"""
+import contenders
+def broken(caches):
+    raise RuntimeError("out of resources")
+contenders.CPU_CONTENDERS["lean broken"] = broken
 from lean_attention import portable
 right = portable.decode
 def wrong(*arguments, **options):
     state = right(*arguments, **options)
-    return state._replace(out=state.out + 1e-3)
+    return state._replace(out=state.out + {error})
 portable.decode = wrong
 """
-    finished = run("--out", str(tmp_path), before=spoil)
+    finished = run("--out", str(tmp_path), "--contenders", "lean broken,lean", before=spoil)
     assert finished.returncode == 1
-    assert "the gate is shut, nothing was timed" in finished.stderr
-    assert not (tmp_path / "result.json").exists()
+    assert "the gate is shut for float32: lean_decode 32/8/128" in finished.stderr
+    assert ("nothing was timed" in finished.stderr) == (not timed)
+    result = tmp_path / "result.json"
+    assert result.exists() == bool(timed)
+    rows = json.loads(result.read_text())["rows"] if timed else []
+    assert {row["dtype"] for row in rows if row.get("us")} == timed
+    failed = [row["wrong"] for row in rows if row["contender"] == "lean broken"]
+    assert failed == ["failed: RuntimeError: out of resources"] * len(timed)
 
 
 def test_an_unknown_contender_is_refused(tmp_path):

@@ -66,12 +66,18 @@ def test_the_committed_table_lists_every_variant(architecture):
 
 
 def tightest(architecture: str) -> list[Variant]:
-    """Beside the default list: what takes the most shared memory, for a window takes a tile more."""
+    """Beside the default list: what takes the most shared memory of each row of the tables, for a window takes a tile
+    more."""
     everything: dict[str, Any] = {"window": True, "sharded": True, "softcap": True}
-    return [
-        variants_module._decode(family_of(architecture), 128, 4, **everything),
-        variants_module._prefill(family_of(architecture), 128, 4, **everything),
+    family, head_dims = family_of(architecture), (64, 128, 256)
+    decode_types = [("bf16", "bf16"), ("fp32", "fp32"), *([] if architecture == "sm_80" else [("bf16", "fp8e4nv")])]
+    found = [
+        variants_module._decode(family, d, 4, q=q, kv=kv, **everything) for q, kv in decode_types for d in head_dims
     ]
+    found += [
+        variants_module._prefill(family, d, 4, q=q, kv=q, **everything) for q in ("bf16", "fp32") for d in head_dims
+    ]
+    return found
 
 
 def shared_bytes_needed(variant: Variant, shared_bytes: int, architecture: str) -> int:
@@ -83,7 +89,7 @@ def shared_bytes_needed(variant: Variant, shared_bytes: int, architecture: str) 
     return ctas * (shared_bytes + 1024)
 
 
-@pytest.mark.parametrize("architecture", ["sm_89", "sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", SHARED_BYTES_PER_SM)
 def test_the_ctas_that_the_grid_counts_on_fit(architecture):
     rows = re.findall(rf"^\| (\S+) \| {architecture} \| \d+ \| \d+ \| (\d+) \|", TABLE.read_text(), flags=re.MULTILINE)
     listed = {v.name: v for v in variants(architecture)}
@@ -93,15 +99,16 @@ def test_the_ctas_that_the_grid_counts_on_fit(architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_window_fits_into_little_shared_memory():
-    """Compiled here and now, for the smallest memory."""
-    listed = {v.name: v for v in tightest("sm_89")}
-    results = list(compile_all(tightest, ["sm_89"], jobs=1))
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("architecture", SHARED_BYTES_PER_SM)
+def test_they_fit_with_a_window_too(architecture):
+    """Compiled here and now."""
+    listed = {v.name: v for v in tightest(architecture)}
+    results = list(compile_all(tightest, [architecture]))
     assert {r.variant: r.error for r in results if r.error} == {}
-    needed = {r.variant: shared_bytes_needed(listed[r.variant], r.shared_bytes, "sm_89") for r in results}
-    assert len(needed) == 2
-    assert {n: b for n, b in needed.items() if b > SHARED_BYTES_PER_SM["sm_89"]} == {}
+    needed = {r.variant: shared_bytes_needed(listed[r.variant], r.shared_bytes, architecture) for r in results}
+    assert len(needed) == len(listed) >= 12
+    assert {n: b for n, b in needed.items() if b > SHARED_BYTES_PER_SM[architecture]} == {}
 
 
 def test_little_shared_memory_makes_a_family_whatever_the_generation():
