@@ -261,6 +261,9 @@ class EngineClient:
     def on_unreadable(self) -> None:
         self.fail("it sent a message that cannot be read")
 
+    def on_broken(self, what: str) -> None:
+        self.fail(what)
+
     def on_disconnect(self) -> None:
         self._lose_soon()
 
