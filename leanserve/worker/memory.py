@@ -1,11 +1,9 @@
 """How many bytes of KV cache a rank may hold."""
 
-import os
-from pathlib import Path
-
 import torch
 
 from leanserve.contracts.errors import ConfigError
+from leanserve.worker.host_memory import available_host_bytes
 
 __all__ = ["kv_budget_bytes", "memory_per_rank", "num_pages"]
 
@@ -14,34 +12,6 @@ CPU_KV_LIMIT_BYTES = 4 * GIB
 CPU_KV_SHARE = 0.25
 GPU_MEMORY_SHARE = 0.90
 """Of a GPU's memory, what weights, activations and KV may take together."""
-
-
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def available_host_bytes(cgroup: Path = _CGROUP) -> int:
-    """Free host memory; a cgroup's limit counts where it is lower. What it holds of files is free: it makes room, and
-    the weights that were just read are among them."""
-    free = _free_bytes()
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit != "max":
-            held = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-            files = int(held["inactive_file"]) + int(held["active_file"])
-            free = min(free, int(limit) - int((cgroup / "memory.current").read_text()) + files)
-    except (KeyError, OSError, ValueError):
-        pass
-    return max(free, 0)
-
-
-def _free_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # no /proc: half of what is installed
 
 
 def kv_budget_bytes(
