@@ -168,7 +168,8 @@ class EngineClient:
         return None
 
     def fail(self, message: str) -> None:
-        """The engine is gone for good: ends every live request with an EngineError."""
+        """The engine is gone for good: ends every live request with an EngineError. Whoever waits for the engine is
+        told why, and says it: many ranks may have failed of one thing, and the log is to have it once."""
         self.engine.fail(message)
         self._end_live(message)
 
@@ -238,7 +239,7 @@ class EngineClient:
                 self._broker.engine_ready()
             case EngineFailed():
                 if message.is_final:
-                    logger.error("the engine failed: %s", message.message, extra={"event": "engine_failed"})
+                    logger.debug("the engine failed: %s", message.message, extra={"event": "engine_failed"})
                     self.fail(message.message)
                 else:
                     self.engine.note_last_words(message.message)
@@ -252,7 +253,8 @@ class EngineClient:
             self.health.hear(message, time.monotonic())
             return
         extra = {"event": "rank_failed", "rank": message.rank}
-        logger.error("rank %d failed: %s", message.rank, message.message, extra=extra)
+        level = logging.DEBUG if message.is_final else logging.ERROR  # as in `fail`
+        logger.log(level, "rank %d failed: %s", message.rank, message.message, extra=extra)
         if message.is_final:
             self.fail(f"rank {message.rank}: {message.message}")
         else:
