@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 from dataclasses import dataclass, field
@@ -132,24 +133,26 @@ def serve_until_stopped(options: ServeOptions) -> int:
         num_ranks, unused_gpu = None, None
         run_dir = Path(os.environ[RUN_DIR_VARIABLE])
         when_gone(int(agent_pid), lambda: os.kill(os.getpid(), signal.SIGTERM))
-    console.print(f"[bold]LeanServe {__version__}[/]  {options.model_name}  ({architecture.describe()})")
-    for note in architecture.notes:
-        console.print(f"Note: {escape(note)}")
-    if unused_gpu is not None:
-        console.print(f"No GPU is used: {unused_gpu}")
-    group = EngineGroup(
-        config,
-        num_ranks=num_ranks,
-        run_dir=run_dir,
-        nodes=options.nodes,
-        recovery=options.recovery,
-        pulse_host=os.environ.get(PULSE_HOST_VARIABLE),
-    )
-    app = create_app(group.client, tokenizer, settings, chat_template, tracing)
-    steps = describe_steps(config.batch)
     try:
+        console.print(f"[bold]LeanServe {__version__}[/]  {options.model_name}  ({architecture.describe()})")
+        for note in architecture.notes:
+            console.print(f"Note: {escape(note)}")
+        if unused_gpu is not None:
+            console.print(f"No GPU is used: {unused_gpu}")
+        group = EngineGroup(
+            config,
+            num_ranks=num_ranks,
+            run_dir=run_dir,
+            nodes=options.nodes,
+            recovery=options.recovery,
+            pulse_host=os.environ.get(PULSE_HOST_VARIABLE),
+        )
+        app = create_app(group.client, tokenizer, settings, chat_template, tracing)
+        steps = describe_steps(config.batch)
         return asyncio.run(_serve(group, app, listener, options, console, steps, has_text=tokenizer is not None))
     finally:
+        listener.close()
+        shutil.rmtree(run_dir, ignore_errors=True)  # the group does it, where one came to be
         if tracing is not None:
             tracing.close()
 

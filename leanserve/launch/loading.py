@@ -55,8 +55,7 @@ class LoadedRank:
 
         Its graphs go first. NCCL does not end a communicator as long as a graph holds one of its kernels, but waits.
         """
-        if self.runner.graphs is not None:
-            self.runner.graphs.release()
+        self.runner.close()
         self.ranks.leave()
 
 

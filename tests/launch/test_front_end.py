@@ -2,11 +2,16 @@
 
 import asyncio
 import gc
+from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from leanserve.launch.front_end import show_loading
+from leanserve.contracts.errors import ConfigError
+from leanserve.launch import front_end
+from leanserve.launch.front_end import ServeOptions, serve_until_stopped, show_loading
+from leanserve.launch.options import LaunchOptions
 from server.front_end import connected, run
 
 
@@ -27,3 +32,19 @@ def test_a_start_that_is_given_up_leaves_no_error_behind() -> None:
 
     run(scenario())
     assert not met
+
+
+def test_a_group_that_cannot_be_made_leaves_no_run_directory(monkeypatch) -> None:
+    made: list[Path] = []
+
+    def refuse(config: object, *, run_dir: Path, **_: object) -> None:
+        assert run_dir.is_dir()
+        made.append(run_dir)
+        raise ConfigError("no address leads there")
+
+    monkeypatch.setattr(front_end, "EngineGroup", refuse)
+    monkeypatch.setattr(front_end, "open_log", lambda level, log_format: None)  # it would be every later test's
+    with pytest.raises(ConfigError, match="no address leads there"):
+        serve_until_stopped(ServeOptions(launch=LaunchOptions(device="cpu"), port=0, log_format="json"))
+    [run_dir] = made
+    assert not run_dir.exists()
