@@ -24,6 +24,7 @@ from leanserve.launch.capacity import describe_cache, describe_context, describe
 from leanserve.launch.engine_group import EngineGroup
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
+from leanserve.launch.open_files import raise_open_files
 from leanserve.launch.options import LaunchOptions
 from leanserve.launch.own_address import is_loopback
 from leanserve.launch.run_dir import RUN_DIR_VARIABLE, make_run_dir
@@ -114,6 +115,7 @@ def serve_until_stopped(options: ServeOptions) -> int:
     open_log(options.log_level, options.log_format)
     if options.nodes.rank > 0:
         return _run_ranks_only(options)
+    raise_open_files()
     console = Console(stderr=True, highlight=False, quiet=options.log_format == "json")
     settings = options.server_settings()
     if options.access_log is not None:

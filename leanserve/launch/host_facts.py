@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from leanserve.launch.open_files import allowed_open_files
 from leanserve.launch.run_dir import takes_sockets
 from leanserve.worker.host_memory import available_host_bytes, cgroup_memory, installed_bytes
 
@@ -29,7 +30,8 @@ class HostFacts:
     """The tightest of them."""
     shm_size: int | None
     shm_free: int | None
-    open_files: int | None
+    open_files: int
+    """That a server may have, which raises its own limit."""
     processes: int | None
     locked_memory: int | None
     temporary_dir: Path
@@ -49,7 +51,7 @@ def host_facts() -> HostFacts:
         cgroup_limit=None if cgroup is None else cgroup.limit_bytes,
         shm_size=None if shm is None else shm.total,
         shm_free=None if shm is None else shm.free,
-        open_files=_limit(resource.RLIMIT_NOFILE),
+        open_files=allowed_open_files(),
         processes=_limit(resource.RLIMIT_NPROC),
         locked_memory=_limit(resource.RLIMIT_MEMLOCK),
         temporary_dir=Path(tempfile.gettempdir()),
@@ -75,9 +77,10 @@ def judge_host(facts: HostFacts, *, gpus: int) -> tuple[list[str], list[str]]:
         errors.append(
             "Python.h is not there, and Triton builds its launchers with it; install Python's headers (python3-dev)"
         )
-    if facts.open_files is not None and facts.open_files < _LEAST_FILES:
+    if facts.open_files < _LEAST_FILES:
         warnings.append(
-            f"a process may open {facts.open_files} files, and every client takes one; raise it: ulimit -n 65536"
+            f"a server may open {facts.open_files} files, and every client takes one; raise the hard limit: systemd's "
+            "LimitNOFILE, a container's --ulimit nofile=65536, or /etc/security/limits.conf"
         )
     if facts.available < _LEAST_MEMORY:
         warnings.append(f"{gib(facts.available)} of memory can be had; weights and KV cache may not fit")

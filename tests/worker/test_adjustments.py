@@ -206,7 +206,7 @@ def test_closing_ends_the_thread_and_compiles_nothing_more(tokenizer):
         compiling.set()
         assert may_end.wait(60)
 
-    adjustments._compile = held  # type: ignore[method-assign]
+    adjustments._compile = held
     sampling = SamplingParams(structured_outputs={"regex": "a"})
     adjustments.apply([], [new(1, sampling, []), new(2, sampling, [])])
     assert compiling.wait(60)
