@@ -138,6 +138,6 @@ def _kill(pids: Iterable[int], number: signal.Signals) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             pass
-        except PermissionError as error:  # another user's by now; if it is a rank, no other takes its place in time
+        except PermissionError as error:  # were it a rank still, ARRIVAL_TIMEOUT_S would end the engine
             extra = {"event": "rank_not_signalled", "pid": pid}
             logger.warning("process %d cannot be sent %s: %s", pid, number.name, error, extra=extra)
