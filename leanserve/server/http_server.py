@@ -143,8 +143,8 @@ class _LoopErrors:
             loop.default_exception_handler(context)
         elif self._accepts.others() is not None:
             logger.error(
-                "no connection can be accepted (%s), new clients wait; let this process open more files: raise its "
-                "hard limit (ulimit -Hn), with systemd's LimitNOFILE for example",
+                "no connection can be accepted (%s), new clients wait; let this process open more files, with "
+                "ulimit -n or systemd's LimitNOFILE",
                 error.strerror,
                 extra={"event": "accept_failed"},
             )
