@@ -23,7 +23,7 @@ from leanserve.contracts.config import CPU_BATCH
 from leanserve.contracts.errors import EngineError
 from leanserve.launch.threads import available_cores
 from leanserve.model.architecture import Architecture
-from leanserve.worker.memory import available_host_bytes
+from leanserve.worker.host_memory import available_host_bytes
 
 __all__ = ["Grid", "run_engine_bench"]
 

@@ -120,7 +120,7 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
 
     message: str
     is_final: bool = False
-    """Another attempt would end the same way: an option or the checkpoint is wrong."""
+    """Another attempt would end the same way, as far as this one can tell: an option or the checkpoint is wrong."""
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):

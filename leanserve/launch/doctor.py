@@ -122,7 +122,7 @@ class Doctor:
             CPU_cores=f"{available_cores()} usable of {os.cpu_count()}",
             memory=f"{gib(facts.memory)}, {gib(facts.available)} available, cgroup limit {gib(facts.cgroup_limit)}",
             shared_memory=f"{gib(facts.shm_size)}, {gib(facts.shm_free)} free",
-            open_files=_count(facts.open_files),
+            open_files=f"{facts.open_files:,}",
             processes=_count(facts.processes),
             locked_memory=gib(facts.locked_memory),
             temporary_files=facts.temporary_dir,

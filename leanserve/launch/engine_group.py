@@ -1,7 +1,7 @@
 """An engine as its owner sees it: a run directory, the ranks' process, and the client that talks to rank 0."""
 
 import asyncio
-import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -18,8 +18,11 @@ from leanserve.launch.own_address import address_towards
 from leanserve.launch.ranks_process import RanksProcess
 from leanserve.launch.run_dir import engine_address, pulse_address
 from leanserve.server.engine_client import EngineClient, Recovery
+from leanserve.server.lasting_task import start_lasting
 
 __all__ = ["EngineGroup", "Recovery"]
+
+logger = logging.getLogger("leanserve.launch")
 
 STOP_PATIENCE_S = 5.0
 """How long ranks may take to end by themselves once told."""
@@ -74,7 +77,7 @@ class EngineGroup:
         self.client.start()
         if self._num_ranks is not None:
             self._ranks = RanksProcess(self._num_ranks, self._run_dir, self._nodes)
-        self._watch = asyncio.create_task(self._watch_ranks(), name="ranks")
+        self._watch = start_lasting(self._watch_ranks(), "ranks", self.client.fail)
 
     async def wait_ready(self) -> EngineInfo:
         """Wait for the model to be loaded on every rank.
@@ -131,5 +134,10 @@ def _is_here(pulse: Pulse) -> bool:
 
 def _kill(pids: Iterable[int], number: signal.Signals) -> None:
     for pid in filter(is_ours, pids):
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+        except PermissionError as error:  # were it a rank still, ARRIVAL_TIMEOUT_S would end the engine
+            extra = {"event": "rank_not_signalled", "pid": pid}
+            logger.warning("process %d cannot be sent %s: %s", pid, number.name, error, extra=extra)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from leanserve.launch.capacity import describe_steps
 from leanserve.launch.engine_group import EngineGroup
 from leanserve.launch.lifeline import when_gone
 from leanserve.launch.nodes import Nodes
+from leanserve.launch.open_files import raise_open_files
 from leanserve.launch.options import LaunchOptions
 from leanserve.launch.own_address import is_loopback
 from leanserve.launch.run_dir import RUN_DIR_VARIABLE, make_run_dir
@@ -111,6 +113,7 @@ def serve_until_stopped(options: ServeOptions) -> int:
     open_log(options.log_level, options.log_format)
     if options.nodes.rank > 0:
         return _run_ranks_only(options)
+    raise_open_files()
     console = open_console(quiet=options.log_format == "json")
     settings = options.server_settings()
     if options.access_log is not None:
@@ -130,24 +133,26 @@ def serve_until_stopped(options: ServeOptions) -> int:
         num_ranks, unused_gpu = None, None
         run_dir = Path(os.environ[RUN_DIR_VARIABLE])
         when_gone(int(agent_pid), lambda: os.kill(os.getpid(), signal.SIGTERM))
-    console.print(f"[bold]LeanServe {__version__}[/]  {options.model_name}  ({architecture.describe()})")
-    for note in architecture.notes:
-        console.print(f"Note: {escape(note)}")
-    if unused_gpu is not None:
-        console.print(f"No GPU is used: {unused_gpu}")
-    group = EngineGroup(
-        config,
-        num_ranks=num_ranks,
-        run_dir=run_dir,
-        nodes=options.nodes,
-        recovery=options.recovery,
-        pulse_host=os.environ.get(PULSE_HOST_VARIABLE),
-    )
-    app = create_app(group.client, tokenizer, settings, chat_template, tracing)
-    steps = describe_steps(config.batch)
     try:
+        console.print(f"[bold]LeanServe {__version__}[/]  {options.model_name}  ({architecture.describe()})")
+        for note in architecture.notes:
+            console.print(f"Note: {escape(note)}")
+        if unused_gpu is not None:
+            console.print(f"No GPU is used: {unused_gpu}")
+        group = EngineGroup(
+            config,
+            num_ranks=num_ranks,
+            run_dir=run_dir,
+            nodes=options.nodes,
+            recovery=options.recovery,
+            pulse_host=os.environ.get(PULSE_HOST_VARIABLE),
+        )
+        app = create_app(group.client, tokenizer, settings, chat_template, tracing)
+        steps = describe_steps(config.batch)
         return asyncio.run(_serve(group, app, listener, options, console, steps, has_text=tokenizer is not None))
     finally:
+        listener.close()
+        shutil.rmtree(run_dir, ignore_errors=True)  # the group does it, where one came to be
         if tracing is not None:
             tracing.close()
 

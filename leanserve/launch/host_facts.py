@@ -8,16 +8,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from leanserve.launch.open_files import allowed_open_files
 from leanserve.launch.run_dir import takes_sockets
+from leanserve.worker.host_memory import available_host_bytes, cgroup_memory, installed_bytes
 
 __all__ = ["HostFacts", "gib", "host_facts", "judge_host"]
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _LEAST_FILES = 4096
 _LEAST_SHM = 1 << 30
 _LEAST_MEMORY = 2 << 30
-_NO_LIMIT = 1 << 60
-"""The old interface says so with a number near 2**63."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,14 @@ class HostFacts:
     """Sizes in bytes; None where there is no such thing, or no limit."""
 
     memory: int
-    available: int | None
+    available: int
+    """Free, also by the limits of this process's cgroups."""
     cgroup_limit: int | None
+    """The tightest of them."""
     shm_size: int | None
     shm_free: int | None
-    open_files: int | None
+    open_files: int
+    """That a server may have, which raises its own limit."""
     processes: int | None
     locked_memory: int | None
     temporary_dir: Path
@@ -41,14 +43,15 @@ class HostFacts:
 
 def host_facts() -> HostFacts:
     """Look."""
+    cgroup = cgroup_memory()
     shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     return HostFacts(
-        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        available=_available(),
-        cgroup_limit=_cgroup_limit(),
+        memory=installed_bytes(),
+        available=available_host_bytes(),
+        cgroup_limit=None if cgroup is None else cgroup.limit_bytes,
         shm_size=None if shm is None else shm.total,
         shm_free=None if shm is None else shm.free,
-        open_files=_limit(resource.RLIMIT_NOFILE),
+        open_files=allowed_open_files(),
         processes=_limit(resource.RLIMIT_NPROC),
         locked_memory=_limit(resource.RLIMIT_MEMLOCK),
         temporary_dir=Path(tempfile.gettempdir()),
@@ -74,13 +77,13 @@ def judge_host(facts: HostFacts, *, gpus: int) -> tuple[list[str], list[str]]:
         errors.append(
             "Python.h is not there, and Triton builds its launchers with it; install Python's headers (python3-dev)"
         )
-    if facts.open_files is not None and facts.open_files < _LEAST_FILES:
+    if facts.open_files < _LEAST_FILES:
         warnings.append(
-            f"a process may open {facts.open_files} files, and every client takes one; raise it: ulimit -n 65536"
+            f"a server may open {facts.open_files} files, and every client takes one; raise the hard limit: systemd's "
+            "LimitNOFILE, a container's --ulimit nofile=65536, or /etc/security/limits.conf"
         )
-    ceiling = min(size for size in (facts.available, facts.cgroup_limit, facts.memory) if size is not None)
-    if ceiling < _LEAST_MEMORY:
-        warnings.append(f"{gib(ceiling)} of memory can be had; weights and KV cache may not fit")
+    if facts.available < _LEAST_MEMORY:
+        warnings.append(f"{gib(facts.available)} of memory can be had; weights and KV cache may not fit")
     return errors, warnings
 
 
@@ -89,25 +92,6 @@ def gib(size: int | None) -> str:
     if size is None:
         return "none"
     return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
-
-
-def _available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-
-
-def _cgroup_limit() -> int | None:
-    for path in _CGROUP_LIMITS:
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal() and int(text) < _NO_LIMIT:
-            return int(text)
-    return None
 
 
 def _limit(number: int) -> int | None:

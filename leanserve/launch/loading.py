@@ -19,16 +19,18 @@ from leanserve.contracts.kv_sharding import KvSharding
 from leanserve.contracts.messages import EngineInfo
 from leanserve.distributed.ranks import Ranks
 from leanserve.grammars.grammar import make_grammar_tokenizer
+from leanserve.launch.host_facts import gib
 from leanserve.launch.place import Place
 from leanserve.model.activations import activation_bytes
 from leanserve.model.architecture import Architecture, read_architecture
 from leanserve.model.decoder import Decoder
+from leanserve.model.partition import Partition
 from leanserve.model.split_choice import CPU_COSTS, GPU_COSTS, SplitChoice, choose_split, describe_split
 from leanserve.model.weights import load_weights
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.worker.device import choose_comm, choose_device, choose_dtype, describe
 from leanserve.worker.graphs import CudaCapture, supports_graphs
-from leanserve.worker.memory import kv_budget_bytes, memory_per_rank, num_pages
+from leanserve.worker.memory import allocating, kv_budget_bytes, memory_per_rank, num_pages
 from leanserve.worker.runner import Runner
 from leanserve.worker.warm_up import warm_up
 
@@ -53,8 +55,7 @@ class LoadedRank:
 
         Its graphs go first. NCCL does not end a communicator as long as a graph holds one of its kernels, but waits.
         """
-        if self.runner.graphs is not None:
-            self.runner.graphs.release()
+        self.runner.close()
         self.ranks.leave()
 
 
@@ -75,7 +76,7 @@ def load_rank(
         warm_up_progress: told (done, total) steps of `warm_up`, on a GPU.
 
     Raises:
-        ConfigError: an option this machine or model cannot meet.
+        ConfigError: an option this machine or model cannot meet, or no memory for weights or KV cache.
         ModelError: the checkpoint cannot be served.
     """
     device = choose_device(config.device, place.local_rank, place.local_size, shares_gpu=config.comm == "gloo")
@@ -90,15 +91,21 @@ def load_rank(
         config, architecture, dtype.itemsize, ranks, ranks_on_host=place.local_size, ranks_on_device=ranks_on_device
     )
     attention = _choose_attention(config, device)
-    decoder = Decoder(
-        architecture,
-        ranks=ranks,
-        split=choice.split,
-        dtype=dtype,
-        device=device,
-        backend=attention if config.fused_kernels else "portable",
-    )
-    load_weights(decoder, model_dir, progress=progress)
+    dtype_name = str(dtype).removeprefix("torch.")
+    weights_bytes = Partition(architecture, choice.split, ranks.rank, ranks.size).num_parameters * dtype.itemsize
+    with allocating(
+        f"this rank's weights, {gib(weights_bytes)} as {dtype_name}",
+        instead="use more ranks, with --weights all, or a smaller --dtype",
+    ):
+        decoder = Decoder(
+            architecture,
+            ranks=ranks,
+            split=choice.split,
+            dtype=dtype,
+            device=device,
+            backend=attention if config.fused_kernels else "portable",
+        )
+        load_weights(decoder, model_dir, progress=progress)
 
     captures = supports_graphs(ranks, attention) and not config.enforce_eager
     kv_bytes_per_token = architecture.kv_bytes_per_token(dtype.itemsize)
@@ -121,29 +128,34 @@ def load_rank(
     shares_memory = config.cache.kv_memory_bytes is None and (device.type == "cpu" or ranks_on_device > 1)
     pages_per_rank = ranks.gather_ints(num_pages(budget, page_bytes, config.cache.page_tokens))
     sharding = KvSharding(page_tokens=config.cache.page_tokens, pages_per_rank=pages_per_rank)
-    shard = KvShard(
-        num_layers=architecture.num_layers,
-        num_pages=pages_per_rank[place.rank],
-        num_kv_heads=architecture.num_kv_heads,
-        page_tokens=config.cache.page_tokens,
-        head_dim=architecture.head_dim,
-        dtype=dtype,
-        device=device,
-    )
-    max_context_tokens = _max_context_tokens(config, architecture, sharding)
-    if device.type == "cuda":
-        _warm_up(decoder, shard, ranks, sharding, config, max_context_tokens, attention, warm_up_progress)
-    runner = Runner(
-        decoder,
-        shard,
-        ranks,
-        max_sequences=config.batch.max_sequences,
-        max_context_tokens=max_context_tokens,
-        grammar_tokenizer=_grammar_tokenizer(model_dir, architecture) if place.rank == 0 else None,
-        backend=attention,
-    )
-    if captures:
-        runner.capture_graphs(CudaCapture(device), capture_progress)
+    num_own_pages = pages_per_rank[place.rank]
+    with allocating(
+        f"this rank's KV cache, {gib(num_own_pages * page_bytes)} beside weights of {gib(weights_bytes)}, and a step",
+        instead="lower --kv-memory, which is per rank",
+    ):
+        shard = KvShard(
+            num_layers=architecture.num_layers,
+            num_pages=num_own_pages,
+            num_kv_heads=architecture.num_kv_heads,
+            page_tokens=config.cache.page_tokens,
+            head_dim=architecture.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        max_context_tokens = _max_context_tokens(config, architecture, sharding)
+        if device.type == "cuda":
+            _warm_up(decoder, shard, ranks, sharding, config, max_context_tokens, attention, warm_up_progress)
+        runner = Runner(
+            decoder,
+            shard,
+            ranks,
+            max_sequences=config.batch.max_sequences,
+            max_context_tokens=max_context_tokens,
+            grammar_tokenizer=_grammar_tokenizer(model_dir, architecture) if place.rank == 0 else None,
+            backend=attention,
+        )
+        if captures:
+            runner.capture_graphs(CudaCapture(device), capture_progress)
     return LoadedRank(
         ranks=ranks,
         decoder=decoder,
@@ -159,7 +171,7 @@ def load_rank(
             page_tokens=config.cache.page_tokens,
             pages_per_rank=pages_per_rank,
             kv_bytes_per_token=kv_bytes_per_token,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name,
             device=describe(device),
             attention=attention,
             captures_graphs=captures,

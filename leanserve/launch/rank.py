@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
@@ -64,6 +64,8 @@ class _Member:
     context: "zmq.Context[zmq.Socket[bytes]]"
     termination: Termination | None
     """Under a user's own torchrun."""
+    is_told: Event = field(default_factory=Event)
+    """The front end, on this machine, has been told of what ends the server, and says it."""
 
 
 def _die() -> None:
@@ -96,7 +98,8 @@ def run_rank(attach_front_end: Callable[[dist.Store], Path] | None = None) -> in
                 _run_other_rank(member)
             failed = False
         except LeanServeError as error:
-            logger.error("rank %d ends: %s", place.rank, error, extra={"event": "rank_failed"})
+            level = logging.DEBUG if member.is_told.is_set() else logging.ERROR
+            logger.log(level, "rank %d ends: %s", place.rank, error, extra={"event": "rank_failed"})
         except Exception as error:  # most often a collective that broke: the rank that broke it says more
             stack = "".join(traceback.format_tb(error.__traceback__, limit=-4))
             what = f"{type(error).__name__}: {error}"
@@ -216,7 +219,10 @@ def _watched(member: _Member, store: dist.Store, orders: Orders) -> Iterator[Ste
         compare_cards(cards)
         yield watch
     except LeanServeError as error:
-        watch.close(str(error), is_final=isinstance(error, ConfigError | ModelError))
+        is_final = isinstance(error, ConfigError | ModelError)
+        watch.close(str(error), is_final=is_final)
+        if is_final and place.host == orders.host:
+            member.is_told.set()
         raise
     except Exception as error:
         watch.close(f"{type(error).__name__}: {error}")

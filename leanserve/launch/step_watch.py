@@ -168,5 +168,5 @@ class StepWatch:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # whoever signals goes on, and ends
         os.kill(pid, number)

@@ -25,6 +25,7 @@ from leanserve.contracts.messages import (
     Loading,
     PrefillProgress,
     Pulse,
+    RankFailed,
     Shutdown,
     TokenOutput,
     TokenOutputs,
@@ -168,7 +169,8 @@ class EngineClient:
         return None
 
     def fail(self, message: str) -> None:
-        """The engine is gone for good: ends every live request with an EngineError."""
+        """The engine is gone for good: ends every live request with an EngineError. Whoever waits for the engine is
+        told why, and says it: many ranks may have failed of one thing, and the log is to have it once."""
         self.engine.fail(message)
         self._end_live(message)
 
@@ -237,8 +239,8 @@ class EngineClient:
                 self.engine.note_ready(message.info)
                 self._broker.engine_ready()
             case EngineFailed():
-                if message.is_final:
-                    logger.error("the engine failed: %s", message.message, extra={"event": "engine_failed"})
+                if self._ends_all(message):
+                    logger.debug("the engine failed: %s", message.message, extra={"event": "engine_failed"})
                     self.fail(message.message)
                 else:
                     self.engine.note_last_words(message.message)
@@ -252,14 +254,23 @@ class EngineClient:
             self.health.hear(message, time.monotonic())
             return
         extra = {"event": "rank_failed", "rank": message.rank}
-        logger.error("rank %d failed: %s", message.rank, message.message, extra=extra)
-        if message.is_final:
+        level = logging.DEBUG if self._ends_all(message) else logging.ERROR  # as in `fail`
+        logger.log(level, "rank %d failed: %s", message.rank, message.message, extra=extra)
+        if self._ends_all(message):
             self.fail(f"rank {message.rank}: {message.message}")
         else:
             self.engine.note_last_words(f"rank {message.rank}: {message.message}")
 
+    def _ends_all(self, message: EngineFailed | RankFailed) -> bool:
+        """Whether no other engine is to be tried. Where one has served, the options are right: what another lacks, most
+        often memory that the dead have not given back yet, may be there for the next."""
+        return message.is_final and self.engine.info is None
+
     def on_unreadable(self) -> None:
         self.fail("it sent a message that cannot be read")
+
+    def on_broken(self, what: str) -> None:
+        self.fail(what)
 
     def on_disconnect(self) -> None:
         self._lose_soon()

@@ -14,6 +14,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from leanserve.contracts.messages import FromEngine, FromRank, ToEngine, decode_from_engine, decode_from_rank, encode
+from leanserve.server.lasting_task import start_lasting
 
 __all__ = ["EngineListener", "EngineSocket"]
 
@@ -31,6 +32,9 @@ class EngineListener(Protocol):
     def on_disconnect(self) -> None: ...
     def on_unreadable(self) -> None:
         """The engine sent what cannot be read."""
+
+    def on_broken(self, what: str) -> None:
+        """Nobody listens any more: what was to be told could not be taken."""
 
 
 class EngineSocket:
@@ -110,7 +114,7 @@ class EngineSocket:
             self._listener.on_disconnect()
 
     def _listen(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        self._tasks.append(asyncio.create_task(work, name=name))
+        self._tasks.append(start_lasting(work, name, self._listener.on_broken))
 
 
 async def _frames(socket: zmq.asyncio.Socket) -> AsyncIterator[bytes]:

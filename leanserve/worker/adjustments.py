@@ -51,6 +51,11 @@ class Adjustments:
         self._compiled: OrderedDict[StructuredOutputsParams, LLMatcher] = OrderedDict()
         """The newest grammars, at their start; the compiler's thread alone touches them."""
 
+    def close(self) -> None:
+        """No sequence is live any more. Grammars that nobody waits for are not compiled; one that is being compiled is
+        not waited for."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+
     def apply(self, dropped: list[int], started: list[NewSequence]) -> None:
         """Follow a step message: forget the dropped, look at the started. A grammar begins to compile."""
         for sequence_id in dropped:

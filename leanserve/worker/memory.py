@@ -1,47 +1,20 @@
-"""How many bytes of KV cache a rank may hold."""
+"""How many bytes of KV cache a rank may hold, and what is said when it cannot have them."""
 
-import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from leanserve.contracts.errors import ConfigError
+from leanserve.worker.host_memory import available_host_bytes
 
-__all__ = ["kv_budget_bytes", "memory_per_rank", "num_pages"]
+__all__ = ["allocating", "kv_budget_bytes", "memory_per_rank", "num_pages"]
 
 GIB = 1 << 30
 CPU_KV_LIMIT_BYTES = 4 * GIB
 CPU_KV_SHARE = 0.25
 GPU_MEMORY_SHARE = 0.90
 """Of a GPU's memory, what weights, activations and KV may take together."""
-
-
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def available_host_bytes(cgroup: Path = _CGROUP) -> int:
-    """Free host memory; a cgroup's limit counts where it is lower. What it holds of files is free: it makes room, and
-    the weights that were just read are among them."""
-    free = _free_bytes()
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit != "max":
-            held = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-            files = int(held["inactive_file"]) + int(held["active_file"])
-            free = min(free, int(limit) - int((cgroup / "memory.current").read_text()) + files)
-    except (KeyError, OSError, ValueError):
-        pass
-    return max(free, 0)
-
-
-def _free_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # no /proc: half of what is installed
 
 
 def kv_budget_bytes(
@@ -83,3 +56,29 @@ def num_pages(budget_bytes: int, page_bytes: int, page_tokens: int) -> int:
             f"{page_bytes / 2**20:.2f} MiB; raise --kv-memory, lower --page-tokens, or use more ranks"
         )
     return min(pages, 2**31 - 1)  # page ids are int32
+
+
+@contextmanager
+def allocating(what: str, *, instead: str) -> Iterator[None]:
+    """Where there is no memory for what is allocated inside, that is said as an error that no restart mends: the next
+    attempt would ask for the same.
+
+    Args:
+        what: is allocated, with its bytes.
+        instead: what to do.
+
+    Raises:
+        ConfigError: there is no memory for it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ConfigError(f"there is no memory for {what}; {instead} ({str(error).partition(chr(10))[0]})") from error
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """torch has an exception of its own for the caching allocator of a GPU alone."""
+    said = ("DefaultCPUAllocator", "CUDA error: out of memory", "HIP error: out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)

@@ -121,6 +121,12 @@ class Runner:
         self.graphs = DecodeGraphs(self.decode_eagerly, capture_sizes(self._max_sequences), capture, progress)
         self._ranks.in_collectives.take_s()
 
+    def close(self) -> None:
+        """Let go of graphs and threads. Nothing is launched any more."""
+        if self.graphs is not None:
+            self.graphs.release()
+        self._adjustments.close()
+
     @property
     def steps_in_flight(self) -> list[int]:
         """Launched and not collected, the oldest first."""

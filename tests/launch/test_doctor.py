@@ -74,7 +74,7 @@ def test_options_that_contradict_each_other_are_an_error() -> None:
         ({"c_compiler": None}, 0, 0, 0),
         ({"c_compiler": None, "python_header": None}, 1, 2, 0),
         ({"open_files": 1024}, 0, 0, 1),
-        ({"cgroup_limit": 1 << 30}, 0, 0, 1),
+        ({"available": 1 << 30}, 0, 0, 1),
     ],
 )
 def test_what_a_host_lacks_is_named(lack, gpus, errors, warnings) -> None:

@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from leanserve.contracts.errors import ConfigError
+from leanserve.launch import front_end
 from leanserve.launch.banner import open_console, print_banner, show_loading
+from leanserve.launch.front_end import ServeOptions, serve_until_stopped
+from leanserve.launch.options import LaunchOptions
 from server.front_end import connected, run
 
 
@@ -59,3 +63,19 @@ def test_a_banner_that_cannot_be_written_ends_nobody(
         print_banner(open_console(), {"ranks": "1"}, "http://127.0.0.1:8000", "The cat")
     with contextlib.suppress(OSError):  # what it still holds is lost
         file.close()
+
+
+def test_a_group_that_cannot_be_made_leaves_no_run_directory(monkeypatch) -> None:
+    made: list[Path] = []
+
+    def refuse(config: object, *, run_dir: Path, **_: object) -> None:
+        assert run_dir.is_dir()
+        made.append(run_dir)
+        raise ConfigError("no address leads there")
+
+    monkeypatch.setattr(front_end, "EngineGroup", refuse)
+    monkeypatch.setattr(front_end, "open_log", lambda level, log_format: None)  # it would be every later test's
+    with pytest.raises(ConfigError, match="no address leads there"):
+        serve_until_stopped(ServeOptions(launch=LaunchOptions(device="cpu"), port=0, log_format="json"))
+    [run_dir] = made
+    assert not run_dir.exists()

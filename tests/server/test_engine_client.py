@@ -261,3 +261,22 @@ def test_shutdown_reaches_the_engine_even_when_the_client_closes_at_once() -> No
             await until(lambda: engine.shutdowns == 1)
 
     run(scenario())
+
+
+def test_a_listener_that_breaks_ends_requests_with_the_reason(monkeypatch) -> None:
+    """Otherwise nobody would hear the engine any more, and every stream would wait for ever."""
+
+    async def scenario() -> None:
+        async with connected() as (client, _):
+            stream = client.open_stream()
+
+            def broken(message: TokenOutputs) -> None:
+                raise KeyError("a prompt")
+
+            monkeypatch.setattr(client._broker, "deliver", broken)
+            stream.submit("r", token_bytes([5]), ENDLESS)
+            with pytest.raises(EngineError, match=r"task 'engine outputs' broke: KeyError$"):
+                await asyncio.wait_for(stream.next(), 60)
+            assert client.engine.state == "failed"
+
+    run(scenario())

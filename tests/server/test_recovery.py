@@ -178,6 +178,23 @@ def test_an_error_that_would_come_again_is_final_at_once() -> None:
     run(scenario())
 
 
+def test_what_another_engine_could_do_is_tried_again() -> None:
+    """Memory that the dead have not given back yet, say."""
+
+    async def scenario() -> None:
+        async with connected(client_options=RECOVERS) as (client, engine):
+            request = asyncio.create_task(tokens_of(client, [5, 6], max_tokens=10_000))
+            await until(lambda: len(engine.submits) == 1)
+            await engine.close()
+            await until(lambda: client.engine.state == "restarting")
+            client.on_engine(EngineFailed("there is no memory", is_final=True))
+            async with next_engine(client):
+                assert client.engine.state == "ready"
+            request.cancel()
+
+    run(scenario())
+
+
 def test_a_stream_lives_through_a_restart_with_keep_alives_and_others_are_told_to_wait() -> None:
     async def scenario() -> None:
         settings = {"keep_alive_s": 0.02}

@@ -1,5 +1,7 @@
 """What options do to logits: against a slow and plain reference, each row by itself."""
 
+from threading import Event
+
 import numpy as np
 import pytest
 import torch
@@ -194,3 +196,25 @@ def test_without_a_tokenizer_it_fails_alone():
     adjustments.apply([], [new(1, SamplingParams(structured_outputs={"json_object": True}))])
     _, failed = adjustments.adjust(torch.zeros(1, V), [1], [len(OUTPUTS)])
     assert "needs a tokenizer" in failed[1]
+
+
+def test_closing_ends_the_thread_and_compiles_nothing_more(tokenizer):
+    adjustments = grammar_adjustments(tokenizer)
+    compiling, may_end = Event(), Event()
+
+    def held(sampling: SamplingParams, output_token_ids: list[int]) -> None:
+        compiling.set()
+        assert may_end.wait(60)
+
+    adjustments._compile = held
+    sampling = SamplingParams(structured_outputs={"regex": "a"})
+    adjustments.apply([], [new(1, sampling, []), new(2, sampling, [])])
+    assert compiling.wait(60)
+    adjustments.close()  # does not wait for the one
+    waiting = adjustments._rows[2].matcher
+    assert waiting is not None
+    assert waiting.cancelled()
+    may_end.set()
+    for thread in adjustments._compiler._threads:
+        thread.join(60)
+        assert not thread.is_alive()
