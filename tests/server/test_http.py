@@ -415,9 +415,8 @@ def test_the_head_of_a_request_may_not_take_for_ever() -> None:
 def test_without_a_free_file_clients_wait_and_the_log_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with live_server(None) as live:
-            waiting = socket.create_connection(
-                ("127.0.0.1", live.port)
-            )  # the kernel's doing, nobody has accepted it yet
+            assert (await live.http.get("/ping")).status_code == 200  # what is imported when it is needed is, then
+            waiting = socket.create_connection(("127.0.0.1", live.port))  # nobody has accepted it yet
             before = resource.getrlimit(resource.RLIMIT_NOFILE)
             lowest_free = os.dup(waiting.fileno())
             os.close(lowest_free)
