@@ -83,7 +83,15 @@ def run(stage: Stage, limit_s: float) -> Outcome:
     paths = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        # Where this script is in the background, it was told to ignore interrupts, and so would be its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         exit_code = process.wait(limit_s)
     except subprocess.TimeoutExpired:

@@ -139,6 +139,8 @@ class _LoopErrors:
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
+        if isinstance(error, ValueError) and "_start_serving" in context["message"]:
+            return  # a second later asyncio would accept again, on a listener that is closed by now
         if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE) and "socket" in context):
             loop.default_exception_handler(context)
         elif self._accepts.others() is not None:

@@ -431,7 +431,7 @@ def test_without_a_free_file_clients_wait_and_the_log_says_it_once(caplog: pytes
             writer.close()
 
     run(scenario())
-    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "leanserve.server"]
     assert "Too many open files" in said
     assert "ulimit -n" in said
 
