@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,9 @@ logger = logging.getLogger("leanserve.launch")
 
 CONFIGURE_TIMEOUT_S = 1800.0
 """A front end may first download a model."""
+_AFTER_OTHERS_S = 0.3
+"""A rank whose collective broke ends so much later. torchrun looks at its ranks ten times a second and tells of one
+that failed: let it be the one that was killed, and how. It ends the others at once, so nobody waits the longer."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ def run_rank(attach_front_end: Callable[[dist.Store], Path] | None = None) -> in
             stack = "".join(traceback.format_tb(error.__traceback__, limit=-4))
             what = f"{type(error).__name__}: {error}"
             logger.error("rank %d ends: %s", place.rank, what, extra={"event": "rank_failed", "stack": stack})
+            if place.size > 1:
+                time.sleep(_AFTER_OTHERS_S)
     if failed and dist.is_initialized():
         # A broken group is left as it is: NCCL, asked to end it, may wait for a graph or for a rank that hangs.
         logging.shutdown()
