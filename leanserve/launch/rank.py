@@ -53,8 +53,8 @@ logger = logging.getLogger("leanserve.launch")
 CONFIGURE_TIMEOUT_S = 1800.0
 """A front end may first download a model."""
 _AFTER_OTHERS_S = 0.3
-"""A rank whose collective broke ends so much later. torchrun looks at its ranks ten times a second and tells of one
-that failed: let it be the one that was killed, and how. It ends the others at once, so nobody waits the longer."""
+"""So much later ends a rank that met an error, most often a collective that another one broke. torchrun looks at its
+ranks ten times a second, tells of one that failed and ends the others at once: let it be the one that was killed."""
 
 
 @dataclass(frozen=True)

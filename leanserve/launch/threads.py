@@ -40,8 +40,7 @@ def spin_briefly(environment: MutableMapping[str, str]) -> None:
 
     To be said before torch is imported. GNU's OpenMP, of torch on Linux, spins 300,000 times by default, which is
     longer than a small model's whole layer. Where another process takes a core that costs all: the thread that spins
-    keeps the one that it waits for from running. On two cores beside one busy process 50 tokens of the bundled model
-    took 9.9 s, and take 0.7 s so; on idle cores the 0.2 s that they took before.
+    keeps the one that it waits for from running, at every barrier. On idle cores so few spins lose nothing.
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", _SPINS)

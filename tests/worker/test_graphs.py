@@ -18,7 +18,6 @@ import zmq
 
 from capture_tape import CaptureError, Tape, TapeCapture, storages_of
 from checkpoints import checkpoint, hf_greedy, random_prompts
-from leanserve.attention.kv_shard import KvShard
 from leanserve.contracts.batch import Batch
 from leanserve.contracts.config import BatchOptions, CacheOptions, EngineConfig
 from leanserve.contracts.messages import Submit
@@ -29,10 +28,9 @@ from leanserve.launch.all_ranks import make_engine
 from leanserve.launch.loading import LoadedRank, load_rank
 from leanserve.launch.place import Place
 from leanserve.model.architecture import read_architecture
-from leanserve.model.decoder import Decoder
 from leanserve.worker.graphs import CudaCapture, capture_sizes
 from leanserve.worker.runner import Runner
-from mirror_ranks import MirrorRanks
+from mirror_ranks import mirrored_rank
 from triton_interpreter import needs_interpreter
 
 PAGE = 16
@@ -161,18 +159,10 @@ def test_a_decode_step_leaves_the_host_alone(tmp_path_factory, monkeypatch, num_
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets the Triton backend be chosen without a GPU
     device = torch.device("meta")
     architecture = read_architecture(checkpoint(tmp_path_factory, **MODEL))
-    shard = KvShard(
-        num_layers=architecture.num_layers,
-        num_pages=40,
-        num_kv_heads=architecture.num_kv_heads,
-        page_tokens=PAGE,
-        head_dim=architecture.head_dim,
-        dtype=torch.bfloat16,
-        device=device,
+    decoder, shard = mirrored_rank(
+        architecture, num_ranks, num_pages=40, page_tokens=PAGE, device=device, dtype=torch.bfloat16, split=split
     )
-    ranks = MirrorRanks(rank=0, size=num_ranks, device=device, group=None, stages_through_host=False)
-    decoder = Decoder(architecture, ranks=ranks, split=split, dtype=torch.bfloat16, device=device)
-    runner = Runner(decoder, shard, ranks, max_sequences=4, max_context_tokens=128, backend="triton")
+    runner = Runner(decoder, shard, decoder.ranks, max_sequences=4, max_context_tokens=128, backend="triton")
     with torch.inference_mode(), Tape(storages_of(lambda: runner.decode_eagerly(4))) as tape:
         logits = runner.decode_eagerly(4)
     assert logits is not None

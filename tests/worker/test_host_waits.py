@@ -11,7 +11,6 @@ import torch
 from capture_tape import storages_of
 from checkpoints import checkpoint, random_prompts
 from device_watch import DeviceWatch, HostWaitError
-from leanserve.attention.kv_shard import KvShard
 from leanserve.bundled import bundled_model_dir
 from leanserve.contracts.batch import Batch, StepResult
 from leanserve.contracts.config import BatchOptions
@@ -23,11 +22,10 @@ from leanserve.engine.engine import Engine
 from leanserve.engine.scheduler import Scheduler
 from leanserve.grammars.grammar import make_grammar_tokenizer
 from leanserve.model.architecture import read_architecture
-from leanserve.model.decoder import Decoder
 from leanserve.server.tokenizer import Tokenizer
 from leanserve.worker.runner import Runner
 from leanserve.worker.transfers import Download, upload
-from mirror_ranks import MirrorRanks
+from mirror_ranks import mirrored_rank
 
 PAGE = 16
 META = torch.device("meta")
@@ -83,21 +81,13 @@ def test_launching_a_step_waits_for_nothing(tmp_path_factory, device_without_num
     architecture = read_architecture(checkpoint(tmp_path_factory, "mistral", layers=2, window=20, tied=True))
     tokenizer = Tokenizer.from_dir(bundled_model_dir())
     assert tokenizer is not None
-    shard = KvShard(
-        num_layers=architecture.num_layers,
-        num_pages=60,
-        num_kv_heads=architecture.num_kv_heads,
-        page_tokens=PAGE,
-        head_dim=architecture.head_dim,
-        dtype=torch.bfloat16,
-        device=device,
+    decoder, shard = mirrored_rank(
+        architecture, num_ranks, num_pages=60, page_tokens=PAGE, device=device, dtype=torch.bfloat16, split=split
     )
-    ranks = MirrorRanks(rank=0, size=num_ranks, device=device, group=None, stages_through_host=False)
-    decoder = Decoder(architecture, ranks=ranks, split=split, dtype=torch.bfloat16, device=device)
     runner = Runner(
         decoder,
         shard,
-        ranks,
+        decoder.ranks,
         max_sequences=8,
         max_context_tokens=128,
         grammar_tokenizer=make_grammar_tokenizer(tokenizer.backend.to_str(), tokenizer.vocab_size, (3,)),

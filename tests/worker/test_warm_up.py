@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from checkpoints import checkpoint, random_prompts
-from leanserve.attention.kv_shard import KvShard
 from leanserve.contracts.batch import Batch
 from leanserve.contracts.config import BatchOptions
 from leanserve.contracts.kv_sharding import KvSharding
@@ -23,11 +22,10 @@ from leanserve.contracts.sampling import SamplingParams
 from leanserve.engine.engine import Engine
 from leanserve.engine.scheduler import Scheduler
 from leanserve.model.architecture import read_architecture
-from leanserve.model.decoder import Decoder
 from leanserve.model.weights import load_weights
 from leanserve.worker.runner import Runner
 from leanserve.worker.warm_up import warm_up
-from mirror_ranks import MirrorRanks
+from mirror_ranks import mirrored_rank
 from triton_interpreter import needs_interpreter
 
 PAGE = 16
@@ -71,28 +69,20 @@ def _binaries(model_dir: Path, num_ranks: int) -> dict[str, Any]:
     """By warming up, and by requests of many lengths."""
     device = torch.device("cpu")
     architecture = read_architecture(model_dir)
-    ranks = MirrorRanks(rank=0, size=num_ranks, device=device, group=None, stages_through_host=False)
-    decoder = Decoder(architecture, ranks=ranks, device=device, backend="triton")
-    load_weights(decoder, model_dir, progress=lambda done, total: None)
-    shard = KvShard(
-        num_layers=architecture.num_layers,
-        num_pages=PAGES,
-        num_kv_heads=architecture.num_kv_heads,
-        page_tokens=PAGE,
-        head_dim=architecture.head_dim,
-        dtype=torch.float32,
-        device=device,
+    decoder, shard = mirrored_rank(
+        architecture, num_ranks, num_pages=PAGES, page_tokens=PAGE, device=device, backend="triton"
     )
+    load_weights(decoder, model_dir, progress=lambda done, total: None)
     sharding = KvSharding(PAGE, (PAGES,) * num_ranks)
     told: list[tuple[int, int]] = []
     warm: set[tuple[str, str]] = set()
     with compiled_for(warm):
         warm_up(
-            decoder, shard, ranks, sharding,
+            decoder, shard, decoder.ranks, sharding,
             max_batch_tokens=STEP_TOKENS, max_context_tokens=128, backend="triton",
             progress=lambda done, total: told.append((done, total)),
         )  # fmt: skip
-    runner = Runner(decoder, shard, ranks, max_sequences=8, max_context_tokens=128, backend="triton")
+    runner = Runner(decoder, shard, decoder.ranks, max_sequences=8, max_context_tokens=128, backend="triton")
     needed: set[tuple[str, str]] = set()
     shapes: set[tuple[int, int]] = set()
     launch = runner.launch
@@ -153,18 +143,8 @@ def test_it_fits_any_pool(tmp_path_factory, pages, step_tokens, context):
     model_dir = checkpoint(tmp_path_factory, "llama", layers=1)
     architecture = read_architecture(model_dir)
     device = torch.device("cpu")
-    ranks = MirrorRanks(rank=0, size=len(pages), device=device, group=None, stages_through_host=False)
-    decoder = Decoder(architecture, ranks=ranks, device=device)
+    decoder, shard = mirrored_rank(architecture, len(pages), num_pages=pages[0], page_tokens=PAGE, device=device)
     load_weights(decoder, model_dir, progress=lambda done, total: None)
-    shard = KvShard(
-        num_layers=1,
-        num_pages=pages[0],
-        num_kv_heads=architecture.num_kv_heads,
-        page_tokens=PAGE,
-        head_dim=architecture.head_dim,
-        dtype=torch.float32,
-        device=device,
-    )
     positions: list[int] = []
     forward = decoder.forward
 
@@ -174,7 +154,7 @@ def test_it_fits_any_pool(tmp_path_factory, pages, step_tokens, context):
 
     decoder.forward = noting  # type: ignore[method-assign]
     warm_up(
-        decoder, shard, ranks, KvSharding(PAGE, pages),
+        decoder, shard, decoder.ranks, KvSharding(PAGE, pages),
         max_batch_tokens=step_tokens, max_context_tokens=context, backend="portable",
         progress=lambda done, total: None,
     )  # fmt: skip
